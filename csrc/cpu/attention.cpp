@@ -1,0 +1,214 @@
+// Drivers of the forward pass: which schedule runs, and how its pieces are spread over threads.
+#include <algorithm>
+
+#include "sequences.h"
+#include "workspace.h"
+
+namespace fastattn::cpu {
+namespace {
+
+// One KV head of one sequence, with all query heads of its group.
+struct HeadItem {
+  const Sequence* sequence;
+  int64_t head_kv;
+  Range blocks;  // that some row sees
+  int64_t tiles;
+};
+
+std::vector<HeadItem> head_items(const AttentionParams& p, const std::vector<Sequence>& sequences,
+                                 const AttentionKernels& kernels) {
+  std::vector<HeadItem> items;
+  items.reserve(sequences.size() * static_cast<size_t>(p.heads_kv));
+  for (const Sequence& s : sequences) {
+    const Range blocks = blocks_seen(p, s, {0, s.len_q}, kernels.k_block);
+    for (int64_t h = 0; h < p.heads_kv; ++h) {
+      items.push_back({&s, h, blocks, ceil_div(s.rows_q, kernels.q_tile)});
+    }
+  }
+  return items;
+}
+
+int64_t most_blocks(const std::vector<HeadItem>& items) {
+  int64_t most = 0;
+  for (const HeadItem& item : items) most = max_of(most, item.blocks.last);
+  return most;
+}
+
+// Tile t of the group's n-th query head, the last tiles first: under a causal mask they see the most keys.
+void run_tile(const AttentionParams& p, const AttentionKernels& kernels, const HeadItem& item,
+              int64_t n, const char* packed, char* scratch) {
+  const int64_t group = p.heads_q / p.heads_kv;
+  const int64_t tile = item.tiles - 1 - n / group;
+  kernels.forward_tile(p, *item.sequence, item.head_kv * group + n % group, tile, packed, scratch);
+}
+
+Status forward_private(const AttentionParams& p, const AttentionKernels& kernels,
+                       const std::vector<HeadItem>& items, const Threads& threads) {
+  const int64_t group = p.heads_q / p.heads_kv;
+  const size_t block_bytes = kernels.packed_block_bytes(p);
+  const size_t packed_bytes = block_bytes * static_cast<size_t>(most_blocks(items));
+  const size_t worker_bytes = packed_bytes + kernels.forward_scratch_bytes(p);
+  const int64_t count = static_cast<int64_t>(items.size());
+  const int64_t workers = min_of(threads.count, count);
+  const Workspace workspace(worker_bytes * static_cast<size_t>(workers));
+  if (workspace.data() == nullptr) return Status::kOutOfMemory;
+  for_each_item(threads, workers, count, [&](int64_t i, int64_t worker) {
+    const HeadItem& item = items[static_cast<size_t>(i)];
+    char* packed = workspace.data() + worker_bytes * static_cast<size_t>(worker);
+    for (int64_t b = item.blocks.first; b < item.blocks.last; ++b) {
+      kernels.pack_block(p, *item.sequence, item.head_kv, b, packed + block_bytes * b);
+    }
+    for (int64_t n = 0; n < item.tiles * group; ++n) {
+      run_tile(p, kernels, item, n, packed, packed + packed_bytes);
+    }
+  });
+  return Status::kOk;
+}
+
+// KV heads whose packed form fits this many bytes are in flight together.
+constexpr size_t kSharedPackBytes = size_t{32} << 20;
+
+Status forward_shared(const AttentionParams& p, const AttentionKernels& kernels,
+                      const std::vector<HeadItem>& items, const Threads& threads) {
+  const int64_t group = p.heads_q / p.heads_kv;
+  const size_t block_bytes = kernels.packed_block_bytes(p);
+  const size_t packed_bytes = block_bytes * static_cast<size_t>(most_blocks(items));
+  const size_t scratch_bytes = kernels.forward_scratch_bytes(p);
+  const size_t heads_in_flight =
+      std::clamp<size_t>(kSharedPackBytes / max_of<size_t>(packed_bytes, 1), 1, items.size());
+  const Workspace workspace(packed_bytes * heads_in_flight +
+                            scratch_bytes * static_cast<size_t>(threads.count));
+  if (workspace.data() == nullptr) return Status::kOutOfMemory;
+  char* scratch = workspace.data() + packed_bytes * heads_in_flight;
+
+  for (size_t first = 0; first < items.size(); first += heads_in_flight) {
+    const size_t last = min_of(first + heads_in_flight, items.size());
+    struct Piece {
+      const HeadItem* item;
+      int64_t n;
+      char* packed;
+    };
+    std::vector<Piece> blocks, tiles;
+    for (size_t i = first; i < last; ++i) {
+      char* packed = workspace.data() + packed_bytes * (i - first);
+      for (int64_t b = items[i].blocks.first; b < items[i].blocks.last; ++b) {
+        blocks.push_back({&items[i], b, packed});
+      }
+      for (int64_t n = 0; n < items[i].tiles * group; ++n) tiles.push_back({&items[i], n, packed});
+    }
+    for_each_item(threads, threads.count, static_cast<int64_t>(blocks.size()),
+                  [&](int64_t i, int64_t) {
+                    const Piece& piece = blocks[static_cast<size_t>(i)];
+                    kernels.pack_block(p, *piece.item->sequence, piece.item->head_kv, piece.n,
+                                       piece.packed + block_bytes * piece.n);
+                  });
+    for_each_item(threads, threads.count, static_cast<int64_t>(tiles.size()),
+                  [&](int64_t i, int64_t worker) {
+                    const Piece& piece = tiles[static_cast<size_t>(i)];
+                    run_tile(p, kernels, *piece.item, piece.n, piece.packed,
+                             scratch + scratch_bytes * static_cast<size_t>(worker));
+                  });
+  }
+  return Status::kOk;
+}
+
+// Chunks of the keys of one KV head; partials of all chunks lie side by side.
+struct DecodeItem {
+  const Sequence* sequence;
+  int64_t head_kv, chunk, num_chunks;
+  size_t partial;  // index of this chunk's partial result
+};
+
+Status forward_decode(const AttentionParams& p, const AttentionKernels& kernels,
+                      const std::vector<Sequence>& sequences, const Threads& threads) {
+  std::vector<DecodeItem> items, heads;
+  for (const Sequence& s : sequences) {
+    const int64_t chunks = max_of<int64_t>(1, ceil_div(s.len_k, kernels.decode_chunk));
+    for (int64_t h = 0; h < p.heads_kv; ++h) {
+      heads.push_back({&s, h, 0, chunks, items.size()});
+      for (int64_t c = 0; c < chunks; ++c) items.push_back({&s, h, c, chunks, items.size()});
+    }
+  }
+  const size_t partial_bytes = kernels.decode_partial_bytes(p);
+  const size_t scratch_bytes = kernels.decode_scratch_bytes(p);
+  const size_t all_partials = partial_bytes * items.size();
+  const Workspace workspace(all_partials + scratch_bytes * static_cast<size_t>(threads.count));
+  if (workspace.data() == nullptr) return Status::kOutOfMemory;
+
+  const auto merge = [&](const DecodeItem& head) {
+    kernels.decode_merge(p, *head.sequence, head.head_kv, head.num_chunks,
+                         workspace.data() + partial_bytes * head.partial);
+  };
+  bool is_merged = true;
+  for (const DecodeItem& head : heads) is_merged &= head.num_chunks == 1;
+  for_each_item(threads, threads.count, static_cast<int64_t>(items.size()),
+                [&](int64_t i, int64_t worker) {
+                  const DecodeItem& item = items[static_cast<size_t>(i)];
+                  kernels.decode_chunk_partial(
+                      p, *item.sequence, item.head_kv, item.chunk,
+                      workspace.data() + partial_bytes * item.partial,
+                      workspace.data() + all_partials +
+                          scratch_bytes * static_cast<size_t>(worker));
+                  if (is_merged) merge(item);
+                });
+  if (is_merged) return Status::kOk;
+  for_each_item(threads, threads.count, static_cast<int64_t>(heads.size()),
+                [&](int64_t i, int64_t) { merge(heads[static_cast<size_t>(i)]); });
+  return Status::kOk;
+}
+
+// Few query rows for every KV head: packing K and V would cost more than it saves.
+bool takes_decode_schedule(const AttentionParams& p, const AttentionKernels& kernels) {
+  const int64_t rows = p.heads_q / p.heads_kv * p.seqlen_q;
+  return !p.batch_invariant && rows <= kernels.decode_max_rows;
+}
+
+}  // namespace
+
+const char* attention_schedule(const AttentionParams& p) {
+  return takes_decode_schedule(p, attention_kernels(p.dtype)) ? "decode" : "tile";
+}
+
+Status attention_forward(const AttentionParams& p, const Threads& threads) {
+  const AttentionKernels& kernels = attention_kernels(p.dtype);
+  const std::vector<Sequence> sequences = all_sequences(p);
+  if (takes_decode_schedule(p, kernels)) return forward_decode(p, kernels, sequences, threads);
+  const std::vector<HeadItem> items = head_items(p, sequences, kernels);
+  if (items.empty()) return Status::kOk;
+  const int64_t count = static_cast<int64_t>(items.size());
+  return heads_fill_threads(count, threads.count, 0.85)
+             ? forward_private(p, kernels, items, threads)
+             : forward_shared(p, kernels, items, threads);
+}
+
+Status attention_weights(const AttentionWeightsParams& w, const Threads& threads) {
+  const AttentionParams& p = w.forward;
+  const AttentionKernels& kernels = attention_kernels(p.dtype);
+  const std::vector<Sequence> sequences = all_sequences(p);
+  const size_t scratch_bytes = kernels.weights_scratch_bytes(p);
+  const Workspace workspace(scratch_bytes * static_cast<size_t>(threads.count));
+  if (workspace.data() == nullptr) return Status::kOutOfMemory;
+  const auto scratch_of = [&](int64_t worker) {
+    return workspace.data() + scratch_bytes * static_cast<size_t>(worker);
+  };
+  const int64_t batch = static_cast<int64_t>(sequences.size());
+  if (w.weights.data != nullptr) {
+    const int64_t per_sequence = w.num_heads * w.num_rows;
+    for_each_item(threads, threads.count, batch * per_sequence, [&](int64_t i, int64_t worker) {
+      const int64_t within = i % per_sequence;
+      kernels.weights_row(w, sequences[static_cast<size_t>(i / per_sequence)], within / w.num_rows,
+                          within % w.num_rows, scratch_of(worker));
+    });
+  } else {
+    const int64_t blocks = ceil_div(p.seqlen_k, kernels.weights_k_block);
+    const int64_t per_sequence = p.heads_q * blocks;
+    for_each_item(threads, threads.count, batch * per_sequence, [&](int64_t i, int64_t worker) {
+      const int64_t within = i % per_sequence;
+      kernels.column_sums_block(w, sequences[static_cast<size_t>(i / per_sequence)],
+                                within / blocks, within % blocks, scratch_of(worker));
+    });
+  }
+  return Status::kOk;
+}
+
+}  // namespace fastattn::cpu

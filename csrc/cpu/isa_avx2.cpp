@@ -1,0 +1,18 @@
+// The avx2 level: AVX2 + FMA + F16C.
+#include "kernels.h"
+#include "vec_avx2.h"
+
+namespace fastattn::cpu {
+namespace {
+
+#include "algorithms.inc"
+
+}  // namespace
+
+const LevelKernels kAvx2Kernels = {
+    attention_kernels_of<VecAvx2, float>(),
+    attention_kernels_of<VecAvx2, bf16>(),
+    attention_kernels_of<VecAvx2, f16>(),
+};
+
+}  // namespace fastattn::cpu

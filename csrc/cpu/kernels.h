@@ -1,0 +1,125 @@
+// The table of functions that each level exports, and the geometry that drivers and kernels share.
+#pragma once
+
+#include <fastattn/api.h>
+
+namespace fastattn::cpu {
+
+// One entry of the batch (or one packed sequence).
+struct Sequence {
+  int64_t b0, b1, index;     // index = b0 * batch1 + b1
+  int64_t first_q, first_k;  // first row in the packed tensors; 0 when not packed
+  int64_t rows_q, rows_k;    // rows that belong to the sequence
+  int64_t len_q, len_k;      // of these, the ones that take part
+  int64_t diagonal;          // p_j - p_i = j - i + diagonal
+};
+
+// Keys [first, last) or query rows [first, last).
+struct Range {
+  int64_t first, last;
+};
+
+FA_INLINE bool is_empty(Range r) {
+  return r.first >= r.last;
+}
+
+FA_INLINE Range intersect(Range a, Range b) {
+  return {max_of(a.first, b.first), min_of(a.last, b.last)};
+}
+
+// Keys that row i sees by position and length; mask is not considered.
+FA_INLINE Range visible_keys(const AttentionParams& p, const Sequence& s, int64_t i) {
+  const int64_t centre = i - s.diagonal;
+  const int64_t first = p.window_left < 0 ? 0 : max_of<int64_t>(0, centre - p.window_left);
+  const int64_t last =
+      p.window_right < 0 ? s.len_k : min_of<int64_t>(s.len_k, centre + p.window_right + 1);
+  return {first, last};
+}
+
+// Keys that at least one of the rows sees. Both ends of visible_keys never fall as i grows.
+FA_INLINE Range keys_seen_by_any(const AttentionParams& p, const Sequence& s, Range rows) {
+  return {visible_keys(p, s, rows.first).first, visible_keys(p, s, rows.last - 1).last};
+}
+
+// Keys that every one of the rows sees.
+FA_INLINE Range keys_seen_by_all(const AttentionParams& p, const Sequence& s, Range rows) {
+  return {visible_keys(p, s, rows.last - 1).first, visible_keys(p, s, rows.first).last};
+}
+
+// Pointers to what one level offers for one dtype. A "tile" is up to q_tile query rows of one head, a "block" is up to
+// k_block keys of one KV head; both are counted from row 0 of the sequence.
+struct AttentionKernels {
+  // Forward: every block of a KV head is packed once, then shared by all its tiles.
+  int64_t q_tile, k_block;
+  size_t (*packed_block_bytes)(const AttentionParams&);
+  size_t (*forward_scratch_bytes)(const AttentionParams&);
+  void (*pack_block)(const AttentionParams&, const Sequence&, int64_t head_kv, int64_t block,
+                     void* packed);
+  void (*forward_tile)(const AttentionParams&, const Sequence&, int64_t head, int64_t tile,
+                       const char* packed_blocks, void* scratch);
+
+  // Decode: all query rows of a KV head in one pass over a chunk of its keys, read where they lie.
+  int64_t decode_max_rows, decode_chunk;
+  size_t (*decode_partial_bytes)(const AttentionParams&);
+  size_t (*decode_scratch_bytes)(const AttentionParams&);
+  void (*decode_chunk_partial)(const AttentionParams&, const Sequence&, int64_t head_kv,
+                               int64_t chunk, void* partial, void* scratch);
+  void (*decode_merge)(const AttentionParams&, const Sequence&, int64_t head_kv,
+                       int64_t num_chunks, void* partials);
+
+  // Backward: a (tile, block) pair adds its share to fp32 accumulators. Any of the accumulators may be absent.
+  int64_t backward_q_tile, backward_k_block;
+  struct Accumulators {
+    void* dquery;  // of the tile
+    void* dkey;    // of the block
+    void* dvalue;
+    void* dbias;  // (backward_q_tile, backward_k_block) real, row-major
+  };
+  size_t (*backward_tile_bytes)(const AttentionGradParams&);
+  size_t (*backward_block_bytes)(const AttentionGradParams&);
+  size_t (*dquery_bytes)(const AttentionGradParams&);  // per tile
+  size_t (*dkey_bytes)(const AttentionGradParams&);    // per block
+  size_t (*dvalue_bytes)(const AttentionGradParams&);
+  size_t (*backward_scratch_bytes)(const AttentionGradParams&);
+  void (*backward_pack_tile)(const AttentionGradParams&, const Sequence&, int64_t head,
+                             int64_t tile, void* packed);
+  void (*backward_pack_block)(const AttentionGradParams&, const Sequence&, int64_t head_kv,
+                              int64_t block, void* packed);
+  void (*backward_pair)(const AttentionGradParams&, const Sequence&, int64_t head, int64_t tile,
+                        int64_t block, const void* packed_tile, const void* packed_block,
+                        const Accumulators& accumulators, void* scratch);
+  double (*backward_sink)(const AttentionGradParams&, const Sequence&, int64_t head, int64_t tile,
+                          const void* packed_tile);
+  void (*store_dquery)(const AttentionGradParams&, const Sequence&, int64_t head, int64_t tile,
+                       const void* accumulator);
+  void (*store_dkey_dvalue)(const AttentionGradParams&, const Sequence&, int64_t head_kv,
+                            int64_t block, const void* dkey, const void* dvalue);
+  void (*store_dbias)(const AttentionGradParams&, int64_t b0, int64_t b1, int64_t head,
+                      int64_t tile, int64_t block, void* accumulator);
+
+  // Probabilities of one chosen row, or summed over all rows for one block of keys.
+  int64_t weights_k_block;
+  size_t (*weights_scratch_bytes)(const AttentionParams&);
+  void (*weights_row)(const AttentionWeightsParams&, const Sequence&, int64_t head_slot,
+                      int64_t row_slot, void* scratch);
+  void (*column_sums_block)(const AttentionWeightsParams&, const Sequence&, int64_t head,
+                            int64_t block, void* scratch);
+};
+
+struct LevelKernels {
+  AttentionKernels attention_f32, attention_bf16, attention_f16;
+};
+
+// Each isa_<level>.cpp defines its table as a constant.
+extern const LevelKernels kScalarKernels;
+extern const AttentionKernels kScalarAttentionF64;
+#if defined(__x86_64__)
+extern const LevelKernels kAvx2Kernels;
+extern const LevelKernels kAvx512Kernels;
+extern const LevelKernels kAmxKernels;
+#endif
+
+// The table for this dtype at the active level (float64: always scalar).
+const AttentionKernels& attention_kernels(DType dtype);
+
+}  // namespace fastattn::cpu

@@ -1,0 +1,209 @@
+// The vec vocabulary in plain C++: any CPU, float and double. The other levels offer the same names over intrinsics.
+//
+// A Vec holds kWidth reals. Loads convert from any storage type; the *_n forms touch only the first n elements and give
+// zeros in the other lanes. max(a, b) gives b where either is NaN, so that a NaN score is kept by exp2's clamp.
+#pragma once
+
+#include <string.h>
+
+#include <fastattn/types.h>
+
+namespace fastattn::cpu {
+namespace {
+
+FA_INLINE float to_float(float x) {
+  return x;
+}
+
+FA_INLINE float to_float(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float result;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+FA_INLINE float to_float(f16 x) {
+  // Shift the 15 magnitude bits into float position; multiplying by 2^112 rebiases normals and subnormals alike.
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  float result;
+  memcpy(&result, &magnitude, sizeof(result));
+  result *= 5.192296858534828e33f;
+  uint32_t bits;
+  memcpy(&bits, &result, sizeof(bits));
+  if ((x.bits & 0x7c00) == 0x7c00) bits = magnitude | 0x7f800000;  // infinity and NaN keep their payload
+  bits |= sign;
+  memcpy(&result, &bits, sizeof(result));
+  return result;
+}
+
+FA_INLINE double to_float(double x) {
+  return x;
+}
+
+FA_INLINE void from_float(float x, float* out) {
+  *out = x;
+}
+
+FA_INLINE void from_float(double x, double* out) {
+  *out = x;
+}
+
+FA_INLINE void from_float(double x, float* out) {
+  *out = static_cast<float>(x);
+}
+
+FA_INLINE void from_float(float x, bf16* out) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  out->bits = static_cast<uint16_t>(x == x ? rounded : 0x7fc0);
+}
+
+FA_INLINE void from_float(float x, f16* out) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  const uint32_t sign = (bits >> 16) & 0x8000;
+  uint32_t magnitude = bits & 0x7fffffff;
+  uint32_t half;
+  if (magnitude > 0x7f800000) {
+    half = 0x7e00;
+  } else if (magnitude >= 0x47800000) {  // 65536 and above
+    half = 0x7c00;
+  } else if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 leaves the subnormal's bits at the bottom
+    float shifted;
+    memcpy(&shifted, &magnitude, sizeof(shifted));
+    shifted += 0.5f;
+    memcpy(&half, &shifted, sizeof(half));
+    half -= 0x3f000000;
+  } else {  // rounding may carry into infinity, as it should from 65520 on
+    half = (magnitude - 0x38000000 + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(half | sign);
+}
+
+template <typename R>
+struct ScalarVec {
+  using Real = R;
+  static constexpr int kWidth = 4;  // baseline x86-64 and NEON hold four floats: the compiler vectorises the loops
+  // Register tile of a product: rows x vecs accumulators, one row of B and one broadcast must fit the registers.
+  static constexpr int kTileRows = 4, kTileVecs = 2;
+  R lane[kWidth];
+
+  static ScalarVec broadcast(R x) {
+    return {{x, x, x, x}};
+  }
+  static ScalarVec zero() {
+    return broadcast(0);
+  }
+  template <typename T>
+  static ScalarVec load(const T* p) {
+    ScalarVec result;
+    for (int i = 0; i < kWidth; ++i) result.lane[i] = to_float(p[i]);
+    return result;
+  }
+  template <typename T>
+  static ScalarVec load_n(const T* p, int n) {
+    ScalarVec result = zero();
+    for (int i = 0; i < n; ++i) result.lane[i] = to_float(p[i]);
+    return result;
+  }
+  template <typename T>
+  void store(T* p) const {
+    for (int i = 0; i < kWidth; ++i) from_float(lane[i], p + i);
+  }
+  template <typename T>
+  void store_n(T* p, int n) const {
+    for (int i = 0; i < n; ++i) from_float(lane[i], p + i);
+  }
+};
+
+#define FA_SCALAR_BINARY(name, expression)                                                   \
+  template <typename R>                                                                      \
+  FA_INLINE ScalarVec<R> name(const ScalarVec<R>& x, const ScalarVec<R>& y) {                \
+    ScalarVec<R> result;                                                                     \
+    for (int i = 0; i < ScalarVec<R>::kWidth; ++i) {                                         \
+      const R a = x.lane[i], b = y.lane[i];                                                  \
+      result.lane[i] = expression;                                                           \
+    }                                                                                        \
+    return result;                                                                           \
+  }
+
+FA_SCALAR_BINARY(add, a + b)
+FA_SCALAR_BINARY(sub, a - b)
+FA_SCALAR_BINARY(mul, a* b)
+FA_SCALAR_BINARY(div, a / b)
+FA_SCALAR_BINARY(max, a > b ? a : b)
+FA_SCALAR_BINARY(min, a < b ? a : b)
+#undef FA_SCALAR_BINARY
+
+// a * b + c
+template <typename R>
+FA_INLINE ScalarVec<R> fma(const ScalarVec<R>& a, const ScalarVec<R>& b, const ScalarVec<R>& c) {
+  return add(mul(a, b), c);
+}
+
+template <typename R>
+FA_INLINE R reduce_add(const ScalarVec<R>& x) {
+  return (x.lane[0] + x.lane[1]) + (x.lane[2] + x.lane[3]);
+}
+
+template <typename R>
+FA_INLINE R reduce_max(const ScalarVec<R>& x) {
+  return max_of(max_of(x.lane[0], x.lane[1]), max_of(x.lane[2], x.lane[3]));
+}
+
+// x[i] lane j becomes x[j] lane i.
+template <typename R>
+FA_INLINE void transpose(ScalarVec<R> (&x)[4]) {
+  for (int i = 0; i < 4; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const R t = x[i].lane[j];
+      x[i].lane[j] = x[j].lane[i];
+      x[j].lane[i] = t;
+    }
+  }
+}
+
+// 2^n for integral n in [-127, 127]; 0 for n == -127.
+FA_INLINE ScalarVec<float> pow2_integral(const ScalarVec<float>& n) {
+  ScalarVec<float> result;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.lane[i]) + 127) << 23;
+    memcpy(&result.lane[i], &bits, sizeof(bits));
+  }
+  return result;
+}
+
+FA_INLINE ScalarVec<float> round_nearest(const ScalarVec<float>& x) {
+  ScalarVec<float> result;
+  for (int i = 0; i < 4; ++i) {
+    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction bits; |x| <= 127 here
+    result.lane[i] = (x.lane[i] + magic) - magic;
+  }
+  return result;
+}
+
+FA_INLINE ScalarVec<double> exp2_exact(const ScalarVec<double>& x) {
+  ScalarVec<double> result;
+  for (int i = 0; i < 4; ++i) result.lane[i] = __builtin_exp2(x.lane[i]);
+  return result;
+}
+
+FA_INLINE ScalarVec<double> tanh_exact(const ScalarVec<double>& x) {
+  ScalarVec<double> result;
+  for (int i = 0; i < 4; ++i) result.lane[i] = __builtin_tanh(x.lane[i]);
+  return result;
+}
+
+// Lane by lane: a < b ? x : y.
+template <typename R>
+FA_INLINE ScalarVec<R> select_less(const ScalarVec<R>& a, const ScalarVec<R>& b,
+                                   const ScalarVec<R>& x, const ScalarVec<R>& y) {
+  ScalarVec<R> result;
+  for (int i = 0; i < 4; ++i) result.lane[i] = a.lane[i] < b.lane[i] ? x.lane[i] : y.lane[i];
+  return result;
+}
+
+}  // namespace
+}  // namespace fastattn::cpu

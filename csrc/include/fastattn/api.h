@@ -1,0 +1,41 @@
+// The functions of each backend. They return a status and never throw, exit or print.
+#pragma once
+
+#include "params.h"
+
+namespace fastattn {
+
+// How the caller's thread pool is borrowed: run(n, body, context) calls body(i, context) for i in [0, n), concurrently
+// where it can, and returns when all are done.
+struct Threads {
+  int64_t count;
+  void (*run)(int64_t n, void (*body)(int64_t i, void* context), void* context);
+};
+
+namespace cpu {
+
+// The levels, slowest first; each one includes the features of those before it.
+enum class Level : int32_t { kScalar, kAvx2, kAvx512, kAmx };
+constexpr int kNumLevels = 4;
+
+const char* level_name(Level level);
+
+// The highest level that this build, this CPU and this operating system can run.
+Level detected_level();
+
+// The level in use: detected_level(), lowered by FASTATTN_CPU_ISA or by set_level_limit.
+Level active_level();
+void set_level_limit(Level limit);
+
+// Why `level` cannot run here, or nullptr when it can.
+const char* level_obstacle(Level level);
+
+Status attention_forward(const AttentionParams& params, const Threads& threads);
+Status attention_backward(const AttentionGradParams& params, const Threads& threads);
+Status attention_weights(const AttentionWeightsParams& params, const Threads& threads);
+
+// Name of the schedule that attention_forward takes for these params: "tile" or "decode".
+const char* attention_schedule(const AttentionParams& params);
+
+}  // namespace cpu
+}  // namespace fastattn
