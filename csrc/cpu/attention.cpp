@@ -34,7 +34,8 @@ int64_t most_blocks(const std::vector<HeadItem>& items) {
   return most;
 }
 
-// Tile t of the group's n-th query head, the last tiles first: under a causal mask they see the most keys.
+// Tile t of the group's n-th query head, the last tiles first: under a causal mask they see the
+// most keys.
 void run_tile(const AttentionParams& p, const AttentionKernels& kernels, const HeadItem& item,
               int64_t n, const char* packed, char* scratch) {
   const int64_t group = p.heads_q / p.heads_kv;
@@ -141,16 +142,15 @@ Status forward_decode(const AttentionParams& p, const AttentionKernels& kernels,
   };
   bool is_merged = true;
   for (const DecodeItem& head : heads) is_merged &= head.num_chunks == 1;
-  for_each_item(threads, threads.count, static_cast<int64_t>(items.size()),
-                [&](int64_t i, int64_t worker) {
-                  const DecodeItem& item = items[static_cast<size_t>(i)];
-                  kernels.decode_chunk_partial(
-                      p, *item.sequence, item.head_kv, item.chunk,
-                      workspace.data() + partial_bytes * item.partial,
-                      workspace.data() + all_partials +
-                          scratch_bytes * static_cast<size_t>(worker));
-                  if (is_merged) merge(item);
-                });
+  for_each_item(
+      threads, threads.count, static_cast<int64_t>(items.size()), [&](int64_t i, int64_t worker) {
+        const DecodeItem& item = items[static_cast<size_t>(i)];
+        kernels.decode_chunk_partial(
+            p, *item.sequence, item.head_kv, item.chunk,
+            workspace.data() + partial_bytes * item.partial,
+            workspace.data() + all_partials + scratch_bytes * static_cast<size_t>(worker));
+        if (is_merged) merge(item);
+      });
   if (is_merged) return Status::kOk;
   for_each_item(threads, threads.count, static_cast<int64_t>(heads.size()),
                 [&](int64_t i, int64_t) { merge(heads[static_cast<size_t>(i)]); });

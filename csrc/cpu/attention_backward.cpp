@@ -1,6 +1,6 @@
-// Drivers of the backward pass. Every gradient is a sum over (tile, block) pairs; each driver adds the pairs of one
-// accumulator in the same order (heads of the group, then tiles or blocks, ascending), so gradients have the same bits
-// whichever driver runs and for any number of threads.
+// Drivers of the backward pass. Every gradient is a sum over (tile, block) pairs; each driver adds
+// the pairs of one accumulator in the same order (heads of the group, then tiles or blocks,
+// ascending), so gradients have the same bits whichever driver runs and for any number of threads.
 #include <cstring>
 
 #include "sequences.h"
@@ -106,13 +106,14 @@ class Backward {
     }
   }
 
-  // One thread does one KV head: five products per pair, dQ accumulated over blocks in memory of its own.
+  // One thread does one KV head: five products per pair, dQ accumulated over blocks in memory of
+  // its own.
   Status heads_in_private() {
     const size_t tiles = static_cast<size_t>(most_tiles());
     const size_t blocks = static_cast<size_t>(most_blocks());
     const size_t dkv_bytes = (sizes_.dkey + sizes_.dvalue) * blocks;
-    const size_t worker_bytes = (sizes_.tile + sizes_.dquery) * tiles + dkv_bytes + sizes_.block +
-                                sizes_.scratch;
+    const size_t worker_bytes =
+        (sizes_.tile + sizes_.dquery) * tiles + dkv_bytes + sizes_.block + sizes_.scratch;
     const int64_t count = static_cast<int64_t>(sequences_.size()) * p_.heads_kv;
     const int64_t workers = min_of(threads_.count, count);
     const Workspace workspace(worker_bytes * static_cast<size_t>(workers));
@@ -148,8 +149,8 @@ class Backward {
     return Status::kOk;
   }
 
-  // All threads share one KV head at a time: its tiles and blocks are packed once, then dK/dV go by blocks and dQ goes
-  // by tiles.
+  // All threads share one KV head at a time: its tiles and blocks are packed once, then dK/dV go by
+  // blocks and dQ goes by tiles.
   Status shared() {
     const size_t tiles = static_cast<size_t>(most_tiles());
     const size_t blocks = static_cast<size_t>(most_blocks());
@@ -257,8 +258,9 @@ class Backward {
     }
   }
 
-  // The bias gradient is dS summed over every dimension along which the bias was broadcast. One item owns one region
-  // of it (a tile of rows and a block of keys where these are not broadcast) and visits all pairs that add to it.
+  // The bias gradient is dS summed over every dimension along which the bias was broadcast. One
+  // item owns one region of it (a tile of rows and a block of keys where these are not broadcast)
+  // and visits all pairs that add to it.
   struct BiasRegion {
     int64_t b0, b1, head, tile, block;  // -1: broadcast, visit all
   };

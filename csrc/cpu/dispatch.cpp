@@ -1,4 +1,5 @@
-// Which level runs: what the build has, the CPU offers, the operating system allows and the user asked for.
+// Which level runs: what the build has, the CPU offers, the operating system allows and the user
+// asked for.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
@@ -36,7 +37,8 @@ __attribute__((target("xsave"))) unsigned saved_register_state() {
   return static_cast<unsigned>(_xgetbv(0));
 }
 
-// The register state that the operating system saves: without it the instructions fault even if CPUID has them.
+// The register state that the operating system saves: without it the instructions fault even if
+// CPUID has them.
 bool os_saves(unsigned state) {
   constexpr unsigned kOsxsave = 1u << 27;
   return has_bits(CpuidLeaf(1, 0).ecx, kOsxsave) && has_bits(saved_register_state(), state);
@@ -107,7 +109,8 @@ const Obstacles& obstacles() {
   return found;
 }
 
-// FASTATTN_CPU_ISA, or the highest level where it is unset. Names are checked by the Python package at import.
+// FASTATTN_CPU_ISA, or the highest level where it is unset. Names are checked by the Python package
+// at import.
 Level limit_from_environment() {
   const char* wanted = std::getenv("FASTATTN_CPU_ISA");
   for (int i = 0; wanted != nullptr && i < kNumLevels; ++i) {

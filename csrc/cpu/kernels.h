@@ -46,8 +46,8 @@ FA_INLINE Range keys_seen_by_all(const AttentionParams& p, const Sequence& s, Ra
   return {visible_keys(p, s, rows.last - 1).first, visible_keys(p, s, rows.first).last};
 }
 
-// Pointers to what one level offers for one dtype. A "tile" is up to q_tile query rows of one head, a "block" is up to
-// k_block keys of one KV head; both are counted from row 0 of the sequence.
+// Pointers to what one level offers for one dtype. A "tile" is up to q_tile query rows of one head,
+// a "block" is up to k_block keys of one KV head; both are counted from row 0 of the sequence.
 struct AttentionKernels {
   // Forward: every block of a KV head is packed once, then shared by all its tiles.
   int64_t q_tile, k_block;
@@ -64,10 +64,11 @@ struct AttentionKernels {
   size_t (*decode_scratch_bytes)(const AttentionParams&);
   void (*decode_chunk_partial)(const AttentionParams&, const Sequence&, int64_t head_kv,
                                int64_t chunk, void* partial, void* scratch);
-  void (*decode_merge)(const AttentionParams&, const Sequence&, int64_t head_kv,
-                       int64_t num_chunks, void* partials);
+  void (*decode_merge)(const AttentionParams&, const Sequence&, int64_t head_kv, int64_t num_chunks,
+                       void* partials);
 
-  // Backward: a (tile, block) pair adds its share to fp32 accumulators. Any of the accumulators may be absent.
+  // Backward: a (tile, block) pair adds its share to fp32 accumulators. Any of the accumulators may
+  // be absent.
   int64_t backward_q_tile, backward_k_block;
   struct Accumulators {
     void* dquery;  // of the tile

@@ -42,9 +42,10 @@ inline Range blocks_seen(const AttentionParams& p, const Sequence& s, Range rows
   return {keys.first / k_block, ceil_div(keys.last, k_block)};
 }
 
-// How the heads of a batch are spread over threads. Private: a thread does one KV head from packing to the last tile,
-// with everything in its own cache. Shared: all threads pack a few KV heads, then all take tiles of them; for batches
-// that have too few heads to fill the threads evenly. Both give the same bits.
+// How the heads of a batch are spread over threads. Private: a thread does one KV head from packing
+// to the last tile, with everything in its own cache. Shared: all threads pack a few KV heads, then
+// all take tiles of them; for batches that have too few heads to fill the threads evenly. Both give
+// the same bits.
 inline bool heads_fill_threads(int64_t heads, int64_t threads, double least_efficiency) {
   const int64_t rounds = ceil_div(heads, threads);
   return static_cast<double>(heads) >= least_efficiency * static_cast<double>(rounds * threads);

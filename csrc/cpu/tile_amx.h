@@ -1,8 +1,8 @@
 // AMX-BF16 tiles: with vec_avx512.h, all the intrinsics of the amx level.
 //
-// A tile is 16 rows of 64 bytes. The left operand holds 16 rows of 32 bfloat16; the right operand holds 32 rows of 16
-// columns as 16 rows of 32-bit pairs: row r, column n is the pair of rows (2 r, 2 r + 1) of column n. The product adds
-// to 16 x 16 float.
+// A tile is 16 rows of 64 bytes. The left operand holds 16 rows of 32 bfloat16; the right operand
+// holds 32 rows of 16 columns as 16 rows of 32-bit pairs: row r, column n is the pair of rows (2 r,
+// 2 r + 1) of column n. The product adds to 16 x 16 float.
 #pragma once
 
 #include "vec_avx512.h"
@@ -33,9 +33,9 @@ struct TileSession {
   TileSession& operator=(const TileSession&) = delete;
 };
 
-// C (kRows x kColumns tiles, each 16 x 16 float) = or += A B over `depth` tiles. a: row-major bfloat16, lda elements a
-// row. b: the first of `depth` consecutive operand tiles, column_step elements to those of the next 16 columns.
-// Tile registers: 0..3 C, 4..5 A, 6..7 B.
+// C (kRows x kColumns tiles, each 16 x 16 float) = or += A B over `depth` tiles. a: row-major
+// bfloat16, lda elements a row. b: the first of `depth` consecutive operand tiles, column_step
+// elements to those of the next 16 columns. Tile registers: 0..3 C, 4..5 A, 6..7 B.
 template <int kRows, int kColumns>
 FA_INLINE void multiply_tiles(const bf16* a, int64_t lda, const bf16* b, int64_t column_step,
                               int depth, float* c, int64_t ldc, bool accumulate) {

@@ -1,4 +1,5 @@
-// The vec vocabulary over AVX2 + FMA + F16C: eight floats. See vec_scalar.h for the contract of each name.
+// The vec vocabulary over AVX2 + FMA + F16C: eight floats. See vec_scalar.h for the contract of
+// each name.
 #pragma once
 
 #include <immintrin.h>
@@ -34,6 +35,12 @@ struct VecAvx2 {
   }
   static VecAvx2 load(const f16* p) {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
+  }
+
+  static VecAvx2 load(const double* p) {
+    float narrow[8];
+    for (int i = 0; i < 8; ++i) narrow[i] = static_cast<float>(p[i]);
+    return load(narrow);
   }
 
   static VecAvx2 load_n(const float* p, int n) {

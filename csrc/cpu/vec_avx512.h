@@ -1,8 +1,10 @@
-// The vec vocabulary over AVX-512 (F, BW, VL, DQ): sixteen floats. See vec_scalar.h for the contract of each name.
+// The vec vocabulary over AVX-512 (F, BW, VL, DQ): sixteen floats. See vec_scalar.h for the
+// contract of each name.
 #pragma once
 
 #ifndef FASTATTN_INTRINSICS_HEADER
-#define FASTATTN_INTRINSICS_HEADER <immintrin.h>  // the tests put an emulation here on machines without AVX-512
+#define FASTATTN_INTRINSICS_HEADER \
+  <immintrin.h>  // the tests put an emulation here on machines without AVX-512
 #endif
 #include FASTATTN_INTRINSICS_HEADER
 
@@ -41,6 +43,17 @@ struct VecAvx512 {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
 
+  static VecAvx512 load(const double* p) {
+    float narrow[16];
+    for (int i = 0; i < 16; ++i) narrow[i] = static_cast<float>(p[i]);
+    return load(narrow);
+  }
+
+  static VecAvx512 load_n(const double* p, int n) {
+    float narrow[16] = {};
+    for (int i = 0; i < n; ++i) narrow[i] = static_cast<float>(p[i]);
+    return load(narrow);
+  }
   static VecAvx512 load_n(const float* p, int n) {
     return {_mm512_maskz_loadu_ps(first_lanes_avx512(n), p)};
   }

@@ -1,7 +1,9 @@
-// The vec vocabulary in plain C++: any CPU, float and double. The other levels offer the same names over intrinsics.
+// The vec vocabulary in plain C++: any CPU, float and double. The other levels offer the same names
+// over intrinsics.
 //
-// A Vec holds kWidth reals. Loads convert from any storage type; the *_n forms touch only the first n elements and give
-// zeros in the other lanes. max(a, b) gives b where either is NaN, so that a NaN score is kept by exp2's clamp.
+// A Vec holds kWidth reals. Loads convert from any storage type; the *_n forms touch only the first
+// n elements and give zeros in the other lanes. max(a, b) gives b where either is NaN, so that a
+// NaN score is kept by exp's clamp.
 #pragma once
 
 #include <string.h>
@@ -23,7 +25,8 @@ FA_INLINE float to_float(bf16 x) {
 }
 
 FA_INLINE float to_float(f16 x) {
-  // Shift the 15 magnitude bits into float position; multiplying by 2^112 rebiases normals and subnormals alike.
+  // Shift the 15 magnitude bits into float position; multiplying by 2^112 rebiases normals and
+  // subnormals alike.
   const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13;
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
   float result;
@@ -31,7 +34,8 @@ FA_INLINE float to_float(f16 x) {
   result *= 5.192296858534828e33f;
   uint32_t bits;
   memcpy(&bits, &result, sizeof(bits));
-  if ((x.bits & 0x7c00) == 0x7c00) bits = magnitude | 0x7f800000;  // infinity and NaN keep their payload
+  // Infinity and NaN keep their payload.
+  if ((x.bits & 0x7c00) == 0x7c00) bits = magnitude | 0x7f800000;
   bits |= sign;
   memcpy(&result, &bits, sizeof(result));
   return result;
@@ -70,7 +74,8 @@ FA_INLINE void from_float(float x, f16* out) {
     half = 0x7e00;
   } else if (magnitude >= 0x47800000) {  // 65536 and above
     half = 0x7c00;
-  } else if (magnitude < 0x38800000) {  // below 2^-14: adding 0.5 leaves the subnormal's bits at the bottom
+  } else if (magnitude < 0x38800000) {
+    // Below 2^-14: adding 0.5 leaves the bits of the subnormal at the bottom.
     float shifted;
     memcpy(&shifted, &magnitude, sizeof(shifted));
     shifted += 0.5f;
@@ -85,8 +90,10 @@ FA_INLINE void from_float(float x, f16* out) {
 template <typename R>
 struct ScalarVec {
   using Real = R;
-  static constexpr int kWidth = 4;  // baseline x86-64 and NEON hold four floats: the compiler vectorises the loops
-  // Register tile of a product: rows x vecs accumulators, one row of B and one broadcast must fit the registers.
+  // Baseline x86-64 and NEON registers hold four floats: the compiler vectorises the loops.
+  static constexpr int kWidth = 4;
+  // Register tile of a product: rows x vecs accumulators, one row of B and one broadcast must fit
+  // the registers.
   static constexpr int kTileRows = 4, kTileVecs = 2;
   R lane[kWidth];
 
@@ -99,13 +106,13 @@ struct ScalarVec {
   template <typename T>
   static ScalarVec load(const T* p) {
     ScalarVec result;
-    for (int i = 0; i < kWidth; ++i) result.lane[i] = to_float(p[i]);
+    for (int i = 0; i < kWidth; ++i) result.lane[i] = static_cast<R>(to_float(p[i]));
     return result;
   }
   template <typename T>
   static ScalarVec load_n(const T* p, int n) {
     ScalarVec result = zero();
-    for (int i = 0; i < n; ++i) result.lane[i] = to_float(p[i]);
+    for (int i = 0; i < n; ++i) result.lane[i] = static_cast<R>(to_float(p[i]));
     return result;
   }
   template <typename T>
@@ -118,15 +125,15 @@ struct ScalarVec {
   }
 };
 
-#define FA_SCALAR_BINARY(name, expression)                                                   \
-  template <typename R>                                                                      \
-  FA_INLINE ScalarVec<R> name(const ScalarVec<R>& x, const ScalarVec<R>& y) {                \
-    ScalarVec<R> result;                                                                     \
-    for (int i = 0; i < ScalarVec<R>::kWidth; ++i) {                                         \
-      const R a = x.lane[i], b = y.lane[i];                                                  \
-      result.lane[i] = expression;                                                           \
-    }                                                                                        \
-    return result;                                                                           \
+#define FA_SCALAR_BINARY(name, expression)                                    \
+  template <typename R>                                                       \
+  FA_INLINE ScalarVec<R> name(const ScalarVec<R>& x, const ScalarVec<R>& y) { \
+    ScalarVec<R> result;                                                      \
+    for (int i = 0; i < ScalarVec<R>::kWidth; ++i) {                          \
+      const R a = x.lane[i], b = y.lane[i];                                   \
+      result.lane[i] = expression;                                            \
+    }                                                                         \
+    return result;                                                            \
   }
 
 FA_SCALAR_BINARY(add, a + b)
@@ -178,7 +185,7 @@ FA_INLINE ScalarVec<float> pow2_integral(const ScalarVec<float>& n) {
 FA_INLINE ScalarVec<float> round_nearest(const ScalarVec<float>& x) {
   ScalarVec<float> result;
   for (int i = 0; i < 4; ++i) {
-    const float magic = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction bits; |x| <= 127 here
+    const float magic = 12582912.0f;  // 1.5 * 2^23 leaves no fraction bits; |x| <= 127 here
     result.lane[i] = (x.lane[i] + magic) - magic;
   }
   return result;

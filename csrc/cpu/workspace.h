@@ -9,8 +9,8 @@
 
 namespace fastattn::cpu {
 
-// One buffer per calling thread, kept between calls: fresh pages cost more than a short kernel. Buffers above the
-// limit go back to the system when the call ends.
+// One buffer per calling thread, kept between calls: fresh pages cost more than a short kernel.
+// Buffers above the limit go back to the system when the call ends.
 class Workspace {
  public:
   explicit Workspace(size_t bytes) {
@@ -67,8 +67,9 @@ class Workspace {
   bool borrowed_ = false;
 };
 
-// Calls body(item, worker) for every item in [0, count), with `worker` below `workers`. Workers take the next item when
-// they are done with one: put long items first. Which worker runs an item must not change its result.
+// Calls body(item, worker) for every item in [0, count), with `worker` below `workers`. Workers
+// take the next item when they are done with one: put long items first. Which worker runs an item
+// must not change its result.
 template <typename Body>
 void for_each_item(const Threads& threads, int64_t workers, int64_t count, const Body& body) {
   struct Shared {

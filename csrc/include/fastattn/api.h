@@ -5,8 +5,8 @@
 
 namespace fastattn {
 
-// How the caller's thread pool is borrowed: run(n, body, context) calls body(i, context) for i in [0, n), concurrently
-// where it can, and returns when all are done.
+// How the caller's thread pool is borrowed: run(n, body, context) calls body(i, context) for i in
+// [0, n), concurrently where it can, and returns when all are done.
 struct Threads {
   int64_t count;
   void (*run)(int64_t n, void (*body)(int64_t i, void* context), void* context);

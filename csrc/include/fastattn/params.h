@@ -1,7 +1,8 @@
-// What a kernel is told: POD structs, one per op. Strides are in elements; data == nullptr means "absent".
+// What a kernel is told: POD structs, one per op. Strides are in elements; no data means absent.
 //
-// Every tensor has two batch dimensions, so that five-dimensional inputs (AlphaFold's row and column attention with a
-// pair bias broadcast over rows) need no copy. The flattened batch index is b = b0 * batch1 + b1.
+// Every tensor has two batch dimensions, so that five-dimensional inputs (AlphaFold's row and
+// column attention with a pair bias broadcast over rows) need no copy. The flattened batch index is
+// b = b0 * batch1 + b1.
 #pragma once
 
 #include "types.h"
@@ -36,16 +37,18 @@ FA_INLINE int64_t offset_of(const int64_t (&stride)[5], int64_t b0, int64_t b1, 
 
 constexpr int64_t kUnlimited = -1;
 
-// scores s = scale * q.k; s = softcap * tanh(s / softcap); s += bias; s -= slope * |p_j - p_i|; hidden keys -> -inf
-// p = exp(s - lse), lse = log(sum_j exp(s_j) + exp(sink)), out = sum_j p_j v_j
+// Scores s = scale * q.k; s = softcap * tanh(s / softcap); s += bias; s -= slope * |p_j - p_i|;
+// hidden keys get -inf. Then p = exp(s - lse), lse = log(sum_j exp(s_j) + exp(sink)) and
+// out = sum_j p_j v_j.
 //
-// Key j is visible to query i when -window_left <= p_j - p_i <= window_right (causal: window_right == 0), mask[i, j]
-// is true, i < query length and j < key length. Positions: p_i = query_offset + i + corner, p_j = key_offset + j,
-// with corner = key length - query length, or 0 when top_left.
+// Key j is visible to query i when -window_left <= p_j - p_i <= window_right (0 when causal),
+// mask[i, j] is true, i < query length and j < key length. Positions: p_i = query_offset + i +
+// corner, p_j = key_offset + j, with corner = key length - query length, or 0 when top_left.
 //
-// Packed sequences: cu_seqlens_* are set, batch0 is the number of sequences and batch1 is 1; stride[0] of query, key,
-// value, out and lse (and of their gradients) is 0 and the rows of sequence b begin at cu_seqlens[b]. seqlen_q and
-// seqlen_k are then the largest lengths. mask and bias keep their batch stride.
+// Packed sequences: cu_seqlens_* are set, batch0 is the number of sequences and batch1 is 1;
+// stride[0] of query, key, value, out and lse (and of their gradients) is 0 and the rows of
+// sequence b begin at cu_seqlens[b]. seqlen_q and seqlen_k are then the largest lengths. mask and
+// bias keep their batch stride.
 struct AttentionParams {
   DType dtype;       // of query, key, value and out
   DType bias_dtype;  // any
@@ -56,19 +59,20 @@ struct AttentionParams {
   ConstTensor key;    // (batch0, batch1, heads_kv, seqlen_k, head_dim)
   ConstTensor value;  // (batch0, batch1, heads_kv, seqlen_k, head_dim_v)
   MutableTensor out;  // (batch0, batch1, heads_q, seqlen_q, head_dim_v), overwritten
-  MutableTensor lse;  // (batch0, batch1, heads_q, seqlen_q, -) real, overwritten; real: float, or double for float64
+  // (batch0, batch1, heads_q, seqlen_q, -), overwritten. real: float, or double for float64.
+  MutableTensor lse;
 
   ConstTensor mask;          // (batch0, batch1, heads_q, seqlen_q, seqlen_k) bool bytes, nullable
   ConstTensor bias;          // same shape, bias_dtype, nullable
   ConstTensor alibi_slopes;  // (batch0, batch1, heads_q, -, -) real, nullable
   ConstTensor sink;          // (-, -, heads_q, -, -) real, nullable
 
-  IndexArray query_lengths, key_lengths;    // (batch0 * batch1), nullable
-  IndexArray cu_seqlens_q, cu_seqlens_k;    // (batch0 + 1), nullable, both or neither
-  int64_t total_q, total_k;                 // rows of the packed tensors (0 when not packed)
+  IndexArray query_lengths, key_lengths;  // (batch0 * batch1), nullable
+  IndexArray cu_seqlens_q, cu_seqlens_k;  // (batch0 + 1), nullable, both or neither
+  int64_t total_q, total_k;               // rows of the packed tensors (0 when not packed)
 
   bool top_left;
-  bool batch_invariant;  // one schedule for every shape, so that a row's bits depend on that row alone
+  bool batch_invariant;  // one schedule for every shape: a row's bits depend on that row alone
   int64_t window_left, window_right;  // kUnlimited or >= 0
   int64_t query_offset, key_offset;
   double scale;
@@ -77,7 +81,8 @@ struct AttentionParams {
   uint64_t philox_seed, philox_offset;
 };
 
-// dS = P * (dP - delta), delta_i = sum_d dout * out - dlse. Gradients are overwritten; absent ones are not computed.
+// dS = P * (dP - delta), delta_i = sum_d dout * out - dlse. Gradients are overwritten; absent ones
+// are not computed.
 struct AttentionGradParams {
   AttentionParams forward;  // with out and lse as the forward pass wrote them (read only here)
   ConstTensor dout;         // shape of out
@@ -85,7 +90,7 @@ struct AttentionGradParams {
   MutableTensor dquery;     // shape of query, nullable
   MutableTensor dkey;       // shape of key; nullable, together with dvalue
   MutableTensor dvalue;     // shape of value
-  MutableTensor dbias;      // the bias before broadcasting, bias_dtype: stride 0 where it was broadcast, nullable
+  MutableTensor dbias;      // the bias before broadcasting: stride 0 where it was, nullable
   MutableTensor dsink;      // (-, -, heads_q, -, -) real, nullable
 };
 
@@ -95,8 +100,9 @@ struct AttentionWeightsParams {
   IndexArray rows;          // (num_rows) query rows
   IndexArray heads;         // (num_heads) query heads
   int64_t num_rows, num_heads;
-  MutableTensor weights;      // (batch0, batch1, num_heads, num_rows, seqlen_k) real, overwritten; or
-  MutableTensor column_sums;  // (batch0, batch1, heads_q, -, seqlen_k) real, overwritten: the sum over all rows
+  // One of the two, real, overwritten:
+  MutableTensor weights;      // (batch0, batch1, num_heads, num_rows, seqlen_k)
+  MutableTensor column_sums;  // (batch0, batch1, heads_q, -, seqlen_k): the sum over all rows
 };
 
 }  // namespace fastattn

@@ -1,11 +1,13 @@
-// Storage types and small helpers of the seam. Compiles as C++ and as CUDA, under any -m flags: no torch, no STL.
+// Storage types and small helpers of the seam. Compiles as C++ and as CUDA, under any -m flags: no
+// torch, no STL.
 #pragma once
 
 #include <stddef.h>
 #include <stdint.h>
 
-// Everything in a header that an ISA-specific unit may include has internal linkage: a weak symbol compiled with
-// AVX-512 could be the copy that the linker keeps, and an older CPU would then die of SIGILL.
+// Everything in a header that an ISA-specific unit may include has internal linkage: a weak symbol
+// compiled with AVX-512 could be the copy that the linker keeps, and an older CPU would then die of
+// SIGILL.
 #if defined(__CUDACC__)
 #define FA_INLINE static inline __host__ __device__
 #elif defined(__GNUC__)

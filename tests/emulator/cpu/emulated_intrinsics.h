@@ -1,6 +1,7 @@
-// AVX-512 and AMX on a CPU that has neither, so that every line of the avx512 and amx levels is tested on any x86-64
-// machine. AVX-512 comes from SIMDe (Debian: libsimde-dev), AMX-BF16 and what SIMDe lacks from here. Built into the
-// package by FASTATTN_CPU_EMULATE=1 for tests only: slow, never shipped.
+// AVX-512 and AMX on a CPU that has neither, so that every line of the avx512 and amx levels is
+// tested on any x86-64 machine. AVX-512 comes from SIMDe (Debian: libsimde-dev), AMX-BF16 and what
+// SIMDe lacks from here. Built into the package by FASTATTN_CPU_EMULATE=1 for tests only: slow,
+// never shipped.
 #pragma once
 
 #define SIMDE_ENABLE_NATIVE_ALIASES
@@ -80,14 +81,13 @@ inline __m512i cvtepu16_epi32(__m256i x) {
 }
 
 inline __m256i cvtepi32_epi16(__m512i x) {
-  return vector_of<__m256i>(map<uint16_t>(
-      lanes_of<uint32_t>(x), [](uint32_t v) { return static_cast<uint16_t>(v); }));
+  return vector_of<__m256i>(
+      map<uint16_t>(lanes_of<uint32_t>(x), [](uint32_t v) { return static_cast<uint16_t>(v); }));
 }
 
 inline __m512i cvtps_epi32(__m512 x) {
-  return vector_of<__m512i>(map<int32_t>(lanes_of<float>(x), [](float v) {
-    return static_cast<int32_t>(__builtin_nearbyintf(v));
-  }));
+  return vector_of<__m512i>(map<int32_t>(
+      lanes_of<float>(x), [](float v) { return static_cast<int32_t>(__builtin_nearbyintf(v)); }));
 }
 
 inline __m512 cvtph_ps(__m256i x) {
@@ -123,7 +123,8 @@ inline float reduce_max(__m512 x) {
   return reduce(x, [](float a, float b) { return a > b ? a : b; });
 }
 
-// The eight tiles of a thread: 16 rows of 64 bytes. Using them unconfigured ends the program, as the hardware would.
+// The eight tiles of a thread: 16 rows of 64 bytes. Using them unconfigured ends the program, as
+// the hardware would.
 struct Tiles {
   bool is_configured = false;
   uint8_t data[8][16][64];
