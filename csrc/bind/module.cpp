@@ -1,0 +1,112 @@
+// The extension module: what was built, what this machine can run, and settings. The ops register
+// themselves with torch when the module is loaded (ops_*.cpp).
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fastattn/api.h"
+#ifdef FASTATTN_WITH_CUDA
+#include "cuda_stream.h"
+#include "fastattn/cuda_api.h"
+#endif
+
+namespace py = pybind11;
+
+namespace fastattn {
+namespace {
+
+constexpr const char* kCompiler =
+#if defined(__clang__)
+    "clang " __clang_version__;
+#else
+    "gcc " __VERSION__;
+#endif
+
+using LevelObstacle = std::pair<std::string, std::optional<std::string>>;
+
+std::vector<LevelObstacle> cpu_levels() {
+  std::vector<LevelObstacle> levels;
+  for (int i = 0; i < cpu::kNumLevels; ++i) {
+    const auto level = static_cast<cpu::Level>(i);
+    const char* obstacle = cpu::level_obstacle(level);
+    levels.emplace_back(cpu::level_name(level),
+                        obstacle ? std::optional<std::string>(obstacle) : std::nullopt);
+  }
+  return levels;
+}
+
+std::string active_cpu_level() {
+  return cpu::level_name(cpu::active_level());
+}
+
+void set_cpu_level(const std::string& name) {
+  std::string known;
+  for (int i = 0; i < cpu::kNumLevels; ++i) {
+    const auto level = static_cast<cpu::Level>(i);
+    known += (i ? ", " : "") + std::string(cpu::level_name(level));
+    if (name != cpu::level_name(level)) continue;
+    if (level > cpu::detected_level()) {
+      const char* obstacle = cpu::level_obstacle(level);
+      throw py::value_error("name: '" + name + "' cannot run here (" +
+                            (obstacle ? obstacle : "above the detected level") +
+                            "); the highest level is '" + cpu::level_name(cpu::detected_level()) +
+                            "'");
+    }
+    cpu::set_level_limit(level);
+    return;
+  }
+  throw py::value_error("name: expected one of " + known + ", got '" + name + "'");
+}
+
+std::vector<std::string> cuda_archs() {
+  std::vector<std::string> archs;
+  std::string arch;
+  for (const char* c = FASTATTN_CUDA_ARCHS; *c; ++c) {
+    if (*c != ';') {
+      arch += *c;
+      continue;
+    }
+    archs.push_back(arch);
+    arch.clear();
+  }
+  if (!arch.empty()) archs.push_back(arch);
+  return archs;
+}
+
+#ifdef FASTATTN_WITH_CUDA
+constexpr bool kWithCuda = true;
+
+std::pair<int, bool> cuda_probe(int device) {
+  void* stream = nullptr;
+  const bool torch_stream = current_cuda_stream(device, &stream);
+  cuda::ProbeResult result;
+  if (cuda::probe(device, stream, &result) != Status::kOk) {
+    throw std::runtime_error("CUDA device " + std::to_string(device) + ": " + result.error);
+  }
+  return {result.arch, torch_stream};
+}
+#else
+constexpr bool kWithCuda = false;
+#endif
+
+}  // namespace
+}  // namespace fastattn
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fastattn;
+  m.attr("version") = FASTATTN_VERSION;
+  m.attr("compiler") = kCompiler;
+  m.attr("build_flags") = FASTATTN_BUILD_FLAGS;
+  m.attr("built_with_cuda") = kWithCuda;
+  m.attr("cuda_archs") = py::tuple(py::cast(cuda_archs()));
+  m.def("cpu_levels", &cpu_levels);
+  m.def("active_cpu_level", &active_cpu_level);
+  m.def("set_cpu_level", &set_cpu_level, py::arg("name"));
+#ifdef FASTATTN_WITH_CUDA
+  m.def("cuda_probe", &cuda_probe, py::arg("device") = 0, py::call_guard<py::gil_scoped_release>());
+#endif
+}

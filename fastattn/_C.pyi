@@ -1,0 +1,29 @@
+"""The compiled extension: what was built, what this machine can run, and settings.
+
+Importing it also registers the operators of torch.ops.fastattn.
+"""
+
+version: str
+compiler: str
+build_flags: str
+built_with_cuda: bool
+cuda_archs: tuple[str, ...]
+
+def cpu_levels() -> list[tuple[str, str | None]]:
+    """Every CPU level, slowest first, with what keeps it from running here (None: nothing)."""
+
+def active_cpu_level() -> str:
+    """The level in use: the highest that runs here, unless FASTATTN_CPU_ISA or a call lowers it."""
+
+def set_cpu_level(name: str) -> None:
+    """Use this level from now on, in every thread.
+
+    Raises ValueError when the name is unknown or the level cannot run here.
+    """
+
+def cuda_probe(device: int = 0) -> tuple[int, bool]:
+    """Run a one-warp kernel on a device and check what it wrote. Only where built_with_cuda.
+
+    Returns the architecture that the code which ran was compiled for (800, 900, ...), and whether
+    it ran in torch's current stream (no: torch is a CPU build). Raises RuntimeError when it fails.
+    """

@@ -1,0 +1,21 @@
+"""Fused attention and transformer kernels for PyTorch, on CPUs and NVIDIA GPUs."""
+
+import os
+
+import torch  # noqa: F401  (loads the libraries that the extension is linked to)
+
+from fastattn import _C, functional
+from fastattn._version import __version__
+from fastattn.info import explain, info
+
+__all__ = ["__version__", "explain", "functional", "info"]
+
+
+def _check_environment() -> None:
+    level = os.environ.get("FASTATTN_CPU_ISA")
+    names = [name for name, _ in _C.cpu_levels()]
+    if level and level not in names:
+        raise ValueError(f"FASTATTN_CPU_ISA: expected one of {', '.join(names)}, got {level!r}")
+
+
+_check_environment()
