@@ -1,0 +1,10 @@
+"""Attention of a few new tokens against a long key/value cache: bound by reading the cache."""
+
+import pytest
+
+import shapes
+
+
+@pytest.mark.parametrize("case", shapes.cases("decode"), ids=lambda case: case.id)
+def bench_decode(case, measure):
+    measure(case)

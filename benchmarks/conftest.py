@@ -1,0 +1,194 @@
+"""Options, the progress bar, and the fixture through which every row is measured and kept."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+import ceilings
+import machine
+import peers
+import plots
+import report
+import shapes
+import timing
+from memory import MemoryMeter
+
+BUILD = machine.ROOT / "build" / "bench"
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("fastattn bench")
+    group.addoption(
+        "--grid", choices=shapes.GRIDS, default="default", help="which rows (default: %(default)s)"
+    )
+    group.addoption(
+        "--save", action="store_true", help="keep the results under benchmarks/results/"
+    )
+    group.addoption(
+        "--seconds", type=float, default=180.0, help="of the default grid (default: %(default)s)"
+    )
+    group.addoption("--threads", type=int, help="threads of every peer (default: torch's choice)")
+    group.addoption("--peers", default=",".join(peers.PEERS), help="default: %(default)s")
+    group.addoption(
+        "--compile", choices=("none", "some", "all"), help="rows that torch.compile takes part in"
+    )
+    group.addoption(
+        "--cold", action="store_true", help="take inputs from memory, not from caches, in every row"
+    )
+    group.addoption("--no-memory", action="store_true", help="do not measure peak memory")
+
+
+def pytest_configure(config):
+    if config.option.threads:
+        torch.set_num_threads(config.option.threads)
+    config.pluginmanager.register(Run(config), "fastattn-bench")
+
+
+@pytest.fixture
+def measure(request, benchmark):
+    """measure(case) checks, times and records one row."""
+    run = request.config.pluginmanager.get_plugin("fastattn-bench")
+    return lambda case: run.measure(case, benchmark)
+
+
+class Run:
+    """One run of the suite."""
+
+    def __init__(self, config):
+        option = config.option
+        self.config, self.grid, self.quick = config, option.grid, option.grid == "quick"
+        wanted = [name.strip() for name in option.peers.split(",")]
+        if unknown := set(wanted) - set(peers.PEERS):
+            raise pytest.UsageError(f"--peers: {sorted(unknown)} not among {list(peers.PEERS)}")
+        if self.quick and option.save:
+            raise pytest.UsageError("--save: the quick grid checks results, its times mean nothing")
+        full = self.grid == "full"
+        self.bench = timing.Bench(
+            timing.Settings(
+                peers=["fastattn"]
+                + [name for name in peers.PEERS if name in wanted and name != "fastattn"],
+                compile=option.compile or ("none" if self.quick else "all" if full else "some"),
+                cap=1.5,
+                patience=60.0 if full else 0.5 if self.quick else 2.0,
+                rounds=1 if self.quick else None,
+                cold=option.cold,
+                cache_bytes=machine.cache_bytes(),
+            )
+        )
+        self.deadline = time.monotonic() + (
+            option.seconds if self.grid == "default" else float("inf")
+        )
+        self.rows: list[timing.Row] = []
+        self.failures: list[str] = []
+        self.left = 0
+        self.meter = None if option.no_memory else MemoryMeter(torch.get_num_threads())
+        self.console = self._console()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=self.console,
+            transient=True,
+        )
+        self.ceilings: ceilings.Ceilings | None = None
+
+    def _console(self) -> Console:
+        """The real terminal: pytest captures what peers print, and the bar must not be among it."""
+        capture = self.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            terminal = os.fdopen(os.dup(1), "w", buffering=1)
+        columns = os.environ.get("COLUMNS")
+        width = None if terminal.isatty() or columns else 160
+        return Console(file=terminal, width=width)
+
+    @pytest.hookimpl(trylast=True)  # after -k
+    def pytest_collection_modifyitems(self, items):
+        chosen = [item for item in items if self.grid in item.callspec.params["case"].grids]
+        self.config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
+        self.left = len(items)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self, session):
+        if not session.items or self.config.option.collectonly:
+            return (yield)
+        self.task = self.progress.add_task("ceilings", total=len(session.items))
+        with self.progress:
+            self.ceilings = ceilings.measure(0.02 if self.quick else 1.0, machine.cache_bytes())
+            return (yield)
+
+    def measure(self, case: shapes.Case, benchmark) -> None:
+        self.progress.update(self.task, description=case.id)
+        self.left -= 1
+        most = self.bench.settings.cap
+        # What is left of the time is shared out over the rows and peers to come; half goes into
+        # inputs and checks.
+        share = 0.5 * (self.deadline - time.monotonic()) / (self.left + 1) / 3
+        try:
+            row = self.bench.run(case, benchmark, cap=max(0.05, min(most, share)))
+            self._add_memory(row)
+        except Exception:
+            self.failures.append(case.id)
+            raise
+        finally:
+            self.progress.advance(self.task)
+        self.rows.append(row)
+        benchmark.group = case.op
+        benchmark.extra_info.update(
+            case=case.id,
+            medians={name: peer.median for name, peer in row.timings.items()},
+            reasons=row.reasons,
+            memory=row.memory,
+            error_used=row.error_used,
+        )
+        if not self.console.is_terminal:
+            self.console.print(self._line(row), highlight=False)
+
+    def _add_memory(self, row: timing.Row) -> None:
+        """Of rows long enough for it to matter, and of peers that need not compile for it anew."""
+        if self.meter is None or row.case.keys < 256:
+            return
+        for name in row.timings:
+            if name != "compile" and row.timings[name].median < self.bench.settings.patience:
+                row.memory[name] = self.meter.measure(row.case.id, name)
+
+    def _line(self, row: timing.Row) -> str:
+        ratio = row.ratio(report.MAIN_PEER)
+        versus = f"{ratio:.2f}x vs {report.MAIN_PEER}" if ratio else f"{report.MAIN_PEER} left out"
+        count = len(self.rows) + len(self.failures)
+        median = 1e6 * row.timings[report.OURS].median
+        return f"{count}/{count + self.left} {row.case.id}: {median:.0f} us, {versus}"
+
+    def pytest_report_teststatus(self, report):
+        """No letter per row beside the progress bar; what failed is told at the end."""
+        if report.when == "call" and report.outcome in ("passed", "failed"):
+            return report.outcome, "", ""
+        return None
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_unconfigure(self):
+        """After everything that pytest prints: the table, and the verdict as the last line."""
+        if self.meter is not None:
+            self.meter.close()
+        if self.ceilings is None:
+            return
+        finished = report.Report(
+            machine.provenance(), self.ceilings, self.grid, self.rows, self.failures
+        )
+        if not self.rows:
+            self.console.print(finished.last_line())
+            return
+        folder: Path = BUILD
+        if self.config.option.save:
+            folder = machine.results_folder(finished.provenance["level"])
+        report.save(finished, folder)
+        page = plots.save(finished, folder)
+        report.terminal(finished, self.console, page)

@@ -1,0 +1,212 @@
+"""Times the peers of one row against each other, and reports the row.
+
+All peers run in turn inside one process, one call each per round, so that whatever slows the
+machine down slows all of them down: pytest-benchmark times fastattn, and the others run in the set-
+up of each of its rounds. A ratio is a ratio of medians. One call is one sample (a call takes tens
+of microseconds at least; the clock costs less than a tenth).
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import random
+import textwrap
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+import checks
+import peers
+from shapes import Case, Inputs, make_inputs
+
+MAX_ROUNDS = 200
+MAX_SETS = 64  # of inputs
+WARM_AGAIN = 0.5  # seconds: a first call that takes longer is as good as a warm one
+
+
+@dataclass
+class Timing:
+    """Seconds per call."""
+
+    median: float
+    p20: float
+    p80: float
+    rounds: int
+
+    @classmethod
+    def of(cls, samples: list[float]) -> Timing:
+        p20, median, p80 = np.percentile(samples, [20, 50, 80]).tolist()
+        return cls(median, p20, p80, len(samples))
+
+
+@dataclass
+class Row:
+    """What was measured for one case. A peer is in `timings` or, with its reason, in `reasons`."""
+
+    case: Case
+    timings: dict[str, Timing] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, int | str] = field(default_factory=dict)  # bytes above the inputs, or why not
+    error_used: float = float("nan")
+    cold: bool = False
+
+    def ratio(self, peer: str) -> float | None:
+        """How many times as long as fastattn the peer takes: above 1 fastattn is faster."""
+        if peer not in self.timings or "fastattn" not in self.timings:
+            return None
+        return self.timings[peer].median / self.timings["fastattn"].median
+
+
+@dataclass
+class Settings:
+    """How long and with whom; see `conftest.py` for the options behind it."""
+
+    peers: list[str]
+    compile: str  # none, some (the rows marked so) or all
+    cap: float  # seconds of samples per peer and row
+    patience: float  # seconds; a peer that would take longer for one call is left out, and named
+    rounds: int | None  # fixed, or None for as many as fit in `cap`
+    cold: bool
+    cache_bytes: int
+
+
+class Bench:
+    """Runs rows; remembers how fast each peer was, to foresee a call that would take minutes."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.rates: dict[tuple[str, str, bool], float] = {}
+
+    def run(self, case: Case, benchmark, cap: float) -> Row:
+        """Checks and times one case. Raises AssertionError when fastattn's result is off."""
+        cold = self.settings.cold or case.op == "decode"
+        row = Row(case, cold=cold)
+        with torch.set_grad_enabled(case.backward):
+            first = make_inputs(case)
+            sets = [first] + [first.copy() for _ in range(1, self._input_sets(case, cold))]
+            oracle = checks.Oracle(case, first)
+            steps, estimates = self._first_calls(row, first, oracle, cap)
+            self._timed_rounds(row, benchmark, steps, estimates, sets, cap)
+        return row
+
+    def _input_sets(self, case: Case, cold: bool) -> int:
+        """So many that, used in turn, none is still in the last cache when its turn comes again."""
+        if not cold:
+            return 1
+        fitting = int(0.25 * peers.available_memory() / case.input_bytes)
+        return max(2, min(-(-3 * self.settings.cache_bytes // case.input_bytes), MAX_SETS, fitting))
+
+    def _first_calls(self, row: Row, inputs: Inputs, oracle: checks.Oracle, cap: float):
+        """Builds, warms up and checks every peer; returns those that can run, and their seconds."""
+        case, checked = row.case, checks.checked_inputs(row.case, inputs)
+        steps: dict[str, checks.Step] = {}
+        estimates: dict[str, float] = {}
+        for name in self.settings.peers:
+            try:
+                self._expect_patience(name, case, cap)
+                step = make_step(case, peers.PEERS[name].build(case))
+                seconds, results = _timed(step, checked)
+                if name == "fastattn":
+                    row.error_used = oracle.budget_used(results)
+                elif obstacle := oracle.peer_obstacle(results):
+                    raise peers.Unavailable(obstacle)
+                del results
+                if seconds < WARM_AGAIN:
+                    seconds, _ = _timed(step, inputs)
+            except Exception as error:
+                if name == "fastattn":
+                    raise
+                row.reasons[name] = reason(error)
+                continue
+            steps[name], estimates[name] = step, seconds
+            key = (name, case.dtype, case.backward)
+            self.rates[key] = max(self.rates.get(key, 0.0), case.flops / seconds)
+        return steps, estimates
+
+    def _expect_patience(self, name: str, case: Case, cap: float) -> None:
+        if name == "compile":
+            wanted = self.settings.compile == "all" or (
+                self.settings.compile == "some" and case.compiled
+            )
+            if not wanted:
+                raise peers.Unavailable("not compiled for this row (--compile=all)")
+        patience = self.settings.patience
+        if name not in ("fastattn", "sdpa"):
+            patience = min(patience, 8 * cap)  # a run that is late saves on these first
+        rate = self.rates.get((name, case.dtype, case.backward))
+        if name != "fastattn" and rate and case.flops / rate > patience:
+            raise peers.Unavailable("left out: a call would take too long")
+
+    def _timed_rounds(self, row, benchmark, steps, estimates, sets, cap: float) -> None:
+        ours = steps.pop("fastattn")
+        foreign = [name for name in steps if peers.PEERS[name].own_threads]
+        native = [name for name in steps if name not in foreign]
+        samples: dict[str, list[float]] = {name: [] for name in steps}
+        # Each call takes the next set: no peer finds what another one left in a cache.
+        ring = itertools.cycle(sets)
+        shuffle = random.Random(row.case.id).shuffle
+        rounds = self.settings.rounds or _rounds(estimates["fastattn"], cap)
+
+        def others():
+            shuffle(native)  # nobody is always the one after the slowest
+            for name in foreign + native:
+                taken = samples[name]
+                if len(taken) >= _rounds(estimates[name], cap):
+                    continue
+                if name in foreign:
+                    # torch's idle threads stop spinning, and leave the cores to the other pool.
+                    time.sleep(0.01)
+                taken.append(_timed(steps[name], next(ring))[0])
+                if name in foreign:
+                    _wake_pool()
+            return (next(ring),), {}
+
+        collecting = gc.isenabled()
+        gc.collect()
+        gc.disable()
+        try:
+            benchmark.pedantic(ours, setup=others, rounds=rounds)
+        finally:
+            if collecting:
+                gc.enable()
+        row.timings["fastattn"] = Timing.of(benchmark.stats.stats.data)
+        row.timings |= {name: Timing.of(taken) for name, taken in samples.items()}
+
+
+def make_step(case: Case, forward: peers.Forward) -> checks.Step:
+    """What is timed: the forward pass, or the forward pass and the gradients of all inputs."""
+    if not case.backward:
+        return lambda x: (forward(x),)
+
+    def forward_backward(x: Inputs):
+        out = forward(x)
+        return out, *torch.autograd.grad(out, x.leaves, x.dout)
+
+    return forward_backward
+
+
+def _timed(step: checks.Step, inputs: Inputs) -> tuple[float, tuple[torch.Tensor, ...]]:
+    start = time.perf_counter()
+    results = step(inputs)
+    return time.perf_counter() - start, results
+
+
+def _rounds(seconds: float, cap: float) -> int:
+    """As many calls as fit in `cap` seconds, and at least 5; 3 or 2 where these take too long."""
+    least = 5 if 2.5 * seconds < cap else 3 if seconds < cap else 2
+    return max(least, min(int(cap / seconds), MAX_ROUNDS))
+
+
+def _wake_pool() -> None:
+    torch.ones(1 << 20).sum()
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line; a peer that is not installed says just that."""
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} is not installed"
+    kind = "" if isinstance(error, peers.Unavailable) else f"{type(error).__name__}: "
+    return textwrap.shorten(f"{kind}{error}", 200, placeholder=" ...")

@@ -1,0 +1,30 @@
+"""The functions: each one checks its arguments, and is differentiable where its docs say so."""
+
+from fastattn.functional.attention import (
+    attention,
+    attention_varlen,
+    merge_attention,
+    scaled_dot_product_attention,
+)
+from fastattn.functional.helpers import (
+    alibi_slopes,
+    cu_seqlens_from_document_ids,
+    cu_seqlens_from_lengths,
+    cu_seqlens_from_position_ids,
+    window_from_hf,
+)
+from fastattn.functional.weights import attention_column_sums, attention_weights
+
+__all__ = [
+    "alibi_slopes",
+    "attention",
+    "attention_column_sums",
+    "attention_varlen",
+    "attention_weights",
+    "cu_seqlens_from_document_ids",
+    "cu_seqlens_from_lengths",
+    "cu_seqlens_from_position_ids",
+    "merge_attention",
+    "scaled_dot_product_attention",
+    "window_from_hf",
+]

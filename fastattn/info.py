@@ -1,0 +1,212 @@
+"""What this installation can run, what runs for given arguments, and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastattn import _C, _ops
+from fastattn._version import __version__
+from fastattn.functional import _arguments
+from fastattn.functional.attention import attention
+
+__all__ = ["Explanation", "Info", "explain", "info"]
+
+# What changes how fastattn runs.
+_ENVIRONMENT = ("FASTATTN_CPU_ISA", "OMP_NUM_THREADS", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")
+
+
+@dataclass(frozen=True)
+class Info:
+    """The state of this installation; prints as a table."""
+
+    version: str
+    torch: str
+    python: str
+    system: str
+    compiler: str
+    cpu: str
+    cpu_levels: Mapping[str, str | None]  # slowest first, with what keeps each from running here
+    cpu_level: str
+    cpu_level_reason: str
+    threads: int
+    cuda: str
+    cuda_archs: tuple[str, ...]
+    environment: Mapping[str, str]
+
+    def __str__(self) -> str:
+        levels = [f"{name:<8}{why or 'runs here'}" for name, why in self.cpu_levels.items()]
+        variables = [f"{name}={value}" for name, value in self.environment.items()] or ["none set"]
+        rows = {
+            "fastattn": [f"{self.version} (compiled by {self.compiler})"],
+            "torch": [self.torch],
+            "python": [f"{self.python} on {self.system}"],
+            "cpu": [self.cpu],
+            "levels": levels,
+            "level": [f"{self.cpu_level}: {self.cpu_level_reason}"],
+            "threads": [f"{self.threads} (torch.set_num_threads)"],
+            "cuda": [self.cuda],
+            "environment": variables,
+        }
+        return "\n".join(
+            f"{name if i == 0 else '':<13}{line}"
+            for name, lines in rows.items()
+            for i, line in enumerate(lines)
+        )
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which kernel runs a call, and why each other one does not; prints as a list."""
+
+    kernel: str
+    reasons: tuple[str, ...]
+    rejected: Mapping[str, str]
+
+    def __str__(self) -> str:
+        lines = [self.kernel, *(f"  {reason}" for reason in self.reasons)]
+        lines += [f"not {name}: {why}" for name, why in self.rejected.items()]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def info() -> Info:
+    """Versions, CPU levels and the one in use, threads, CUDA, and variables that are set.
+
+    >>> import fastattn
+    >>> fastattn.info().cpu_level in fastattn.info().cpu_levels
+    True
+    """
+    level, reason = _level_in_use()
+    return Info(
+        version=__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        compiler=_C.compiler,
+        cpu=_cpu_name(),
+        cpu_levels=dict(_C.cpu_levels()),
+        cpu_level=level,
+        cpu_level_reason=reason,
+        threads=torch.get_num_threads(),
+        cuda=f"built for {', '.join(_C.cuda_archs)}" if _C.built_with_cuda else _NO_CUDA,
+        cuda_archs=_C.cuda_archs,
+        environment={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
+    )
+
+
+_NO_CUDA = "not built (FASTATTN_CUDA=1 at build time, with nvcc, builds it)"
+
+
+def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explanation:
+    """Which kernel ``attention`` runs for these arguments, and why each other one does not.
+
+    Takes what :func:`fastattn.functional.attention` takes, raises what it raises, and computes
+    nothing.
+
+    >>> import fastattn
+    >>> q = torch.randn(1, 2, 64, 64)
+    >>> print(fastattn.explain(q.double(), q.double(), q.double()).kernel)
+    cpu/scalar/tile
+    """
+    with torch.random.fork_rng(devices=()), _Recorder() as recorder:  # type: ignore[no-untyped-call]
+        attention(query, key, value, **options)
+    schedule, dtype = recorder.schedule, recorder.dtype
+    reasons: list[str] = []
+    rejected: dict[str, str] = {}
+    level, why = _level_in_use()
+    if dtype == torch.float64 and level != "scalar":
+        rejected[level] = "float64 has scalar kernels only (they serve gradient checks)"
+        level, why = "scalar", "the level of float64"
+    reasons.append(f"level {level}: {why}")
+    names = [name for name, _ in _C.cpu_levels()]
+    for name, obstacle in _C.cpu_levels():
+        if obstacle is not None:
+            rejected[name] = obstacle
+        elif name != level and name not in rejected:
+            above = names.index(name) > names.index(level)
+            rejected[name] = why if above else f"slower than {level}"
+    if schedule == "none":
+        reasons.append("no kernel: a dimension is 0, so the results are 0 and -inf")
+    else:
+        reason, other, not_other = _SCHEDULES[schedule]
+        if schedule == "tile" and options.get("batch_invariant"):
+            not_other = "batch_invariant keeps one schedule for every shape"
+        reasons.append(f"schedule {schedule}: {reason}")
+        rejected[other] = not_other
+    if dtype != query.dtype:
+        reasons.append(f"autocast: {query.dtype} inputs are cast to {dtype}")
+    rejected["cuda"] = "the tensors are on the CPU" if _C.built_with_cuda else _NO_CUDA
+    kernel = "no kernel" if schedule == "none" else f"cpu/{level}/{schedule}"
+    return Explanation(kernel, tuple(reasons), rejected)
+
+
+# Each schedule: when it runs, the other one, and why that does not run.
+_SCHEDULES = {
+    "tile": (
+        "keys and values are packed once and shared by tiles of query rows",
+        "decode",
+        "more query rows than it reads the cache for",
+    ),
+    "decode": (
+        "few query rows: one pass over keys and values for all query heads of a KV head",
+        "tile",
+        "so few query rows do not pay for the packing of keys and values",
+    ),
+}
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Asks for the schedule of the attention that is called, in place of computing it."""
+
+    schedule: str
+    dtype: torch.dtype
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is _ops.attention_plain:
+            query, key, value, causal, scale, bshd = args
+            right = 0 if causal else _arguments.UNLIMITED
+            args, kwargs = (query, key, value), {"scale": scale, "bshd": bshd}
+            self._record(args, kwargs | {"window_right": right})
+            return _ops.attention_forward_fake(*args, **kwargs)[0]
+        if func is _ops.attention_forward:
+            self._record(args, kwargs)
+            return _ops.attention_forward_fake(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _record(self, args: Any, kwargs: Any) -> None:
+        self.schedule = _ops.attention_schedule(*args, **kwargs)
+        self.dtype = args[0].dtype
+
+
+def _level_in_use() -> tuple[str, str]:
+    level = _C.active_cpu_level()
+    highest = [name for name, obstacle in _C.cpu_levels() if obstacle is None][-1]
+    if level == highest:
+        return level, "the highest that runs here"
+    if os.environ.get("FASTATTN_CPU_ISA") == level:
+        return level, f"FASTATTN_CPU_ISA={level} holds it below {highest}"
+    return level, f"a call to set_cpu_level holds it below {highest}"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

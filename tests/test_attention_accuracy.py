@@ -1,0 +1,143 @@
+"""Attention keeps the accuracy contract, forward and backward, on every level and dtype."""
+
+import pytest
+import torch
+from attention_options import FEATURES, with_features
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fastattn.functional as fa
+from fastattn.testing import (
+    DTYPES,
+    HEAD_DIMS,
+    HEAD_GROUPS,
+    LENGTHS,
+    attention_inputs,
+    check_attention,
+    covering_sample,
+)
+
+EXAMPLES = settings(
+    deadline=None,
+    derandomize=True,
+    max_examples=40,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def work(case):
+    heads = case["group"] * case.get("kv_heads", 1)
+    return heads * case["queries"] * case["keys"] * (case["head_dim"] + case["head_dim_v"])
+
+
+SHAPES = covering_sample(
+    {
+        "queries": LENGTHS,
+        "keys": LENGTHS,
+        "head_dim": HEAD_DIMS,
+        "head_dim_v": HEAD_DIMS,
+        "group": HEAD_GROUPS,
+        "kv_heads": (1, 2),
+        "batch": (1, 2),
+        "causal": (False, True, "top_left"),
+    },
+    count=45,
+    seed=1,
+    fits=lambda case: work(case) < 3_000_000,
+)
+
+
+def shape_of(case):
+    shape = {n: case[n] for n in ("queries", "keys", "head_dim", "head_dim_v", "kv_heads")}
+    return shape | {"batch": (case["batch"],), "heads": case["group"] * case["kv_heads"]}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", SHAPES, ids=lambda c: "-".join(map(str, c.values())))
+def test_every_shape(level, dtype, case):
+    inputs = attention_inputs(**shape_of(case), dtype=dtype)
+    check_attention(fa.attention, inputs, causal=case["causal"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_whole_tiles_and_many_of_them(level, dtype, head_dim):
+    lengths = {"queries": 320, "keys": 576} if level != "scalar" else {"queries": 160, "keys": 192}
+    inputs = attention_inputs(batch=(1,), heads=1, head_dim=head_dim, **lengths, dtype=dtype)
+    check_attention(fa.attention, inputs)
+    check_attention(fa.attention, inputs, causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature_alone(level, dtype, feature):
+    for seed, (queries, keys) in enumerate([(1, 1), (5, 3), (70, 70), (33, 131), (131, 40)]):
+        shape = {"queries": queries, "keys": keys, "heads": 4, "kv_heads": 2, "head_dim": 24}
+        inputs = attention_inputs(**shape, dtype=dtype, seed=seed)
+        inputs, options = with_features([feature], inputs, seed=seed)
+        check_attention(fa.attention, inputs, **options)
+
+
+def test_every_feature_in_float64():
+    for seed, names in enumerate([*([name] for name in FEATURES), list(FEATURES)]):
+        shape = {"queries": 19, "keys": 37, "heads": 4, "kv_heads": 2, "head_dim": 10}
+        inputs = attention_inputs(**shape, dtype=torch.float64, seed=seed)
+        inputs, options = with_features(names, inputs, seed=seed)
+        check_attention(fa.attention, inputs, **options)
+
+
+@EXAMPLES
+@given(
+    names=st.sets(st.sampled_from(sorted(FEATURES)), min_size=2),
+    queries=st.integers(0, 90),
+    keys=st.integers(0, 150),
+    head_dim=st.integers(1, 70),
+    head_dim_v=st.integers(1, 70),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from(HEAD_GROUPS),
+    batch=st.sampled_from([(1,), (2,), (3,), (2, 2), ()]),
+    layout=st.sampled_from(["bhsd", "bshd"]),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 1000),
+)
+def test_features_compose(level, names, group, kv_heads, layout, seed, **shape):
+    if shape["batch"] == ():
+        names -= {"query_lengths", "key_lengths"}
+    shape |= {"kv_heads": kv_heads, "heads": group * kv_heads}
+    inputs = attention_inputs(**shape, seed=seed, layout=layout)
+    inputs, options = with_features(names, inputs, layout=layout, seed=seed)
+    check_attention(fa.attention, inputs, what=f"{shape} {names} {layout} {seed}", **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("magnitude", [1.0, 10.0, 100.0, 1000.0, 10000.0])
+def test_large_logits(level, dtype, magnitude):
+    inputs = attention_inputs(queries=33, keys=70, head_dim=32, dtype=dtype)
+    inputs["query"] = (inputs["query"] * magnitude**0.5).to(dtype)
+    inputs["key"] = (inputs["key"] * magnitude**0.5).to(dtype)
+    check_attention(fa.attention, inputs)
+    check_attention(fa.attention, inputs, causal=True)
+    check_attention(fa.attention, inputs | {"sink": torch.tensor([-2.0, 3.0])})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_constant_value_comes_back_within_one_ulp(level, dtype):
+    for keys in (1, 3, 64, 257, 1000):
+        inputs = attention_inputs(queries=9, keys=keys, head_dim=64, dtype=dtype)
+        inputs["value"].fill_(1.0)
+        out = fa.attention(inputs["query"], inputs["key"], inputs["value"])
+        assert ((out.double() - 1.0).abs() <= torch.finfo(dtype).eps).all(), f"{keys} keys"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [1, 2, 3, 7, 31, 64, 100, 255, 1023, 4099])
+def test_decode_shapes(level, dtype, keys):
+    for queries, group in ((1, 4), (1, 1), (2, 7), (8, 2)):
+        shape = {"queries": queries, "keys": keys, "heads": 2 * group, "kv_heads": 2}
+        inputs = attention_inputs(**shape, batch=(1,), head_dim=32, dtype=dtype)
+        check_attention(fa.attention, inputs, causal=True)
+        inputs, options = with_features(
+            ["sink", "key_lengths", "bias", "window"], inputs, seed=keys
+        )
+        check_attention(fa.attention, inputs, **options)

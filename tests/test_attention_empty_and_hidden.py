@@ -1,0 +1,164 @@
+"""Empty tensors, rows that see nothing, and what hidden keys hold."""
+
+import math
+
+import pytest
+import torch
+from attention_options import with_features
+
+import fastattn.functional as fa
+from fastattn import reference
+from fastattn.testing import (
+    DTYPES,
+    assert_accurate,
+    attention_inputs,
+    attention_results,
+    check_attention,
+    randn,
+)
+
+POISONS = (math.nan, math.inf, -math.inf)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "empty",
+    [{"batch": (0,)}, {"queries": 0}, {"keys": 0}, {"queries": 0, "keys": 0}, {"batch": (2, 0)}],
+    ids=str,
+)
+def test_empty_tensors(level, dtype, empty):
+    shape = {"queries": 3, "keys": 5, "heads": 4, "kv_heads": 2, "head_dim_v": 7} | empty
+    inputs, options = with_features(
+        ["bias", "sink", "mask", "alibi", "causal"], attention_inputs(**shape, dtype=dtype)
+    )
+    check_attention(fa.attention, inputs, **options)
+    for layout in ("bhsd", "bshd"):
+        inputs = attention_inputs(**shape, dtype=dtype, layout=layout)
+        check_attention(fa.attention, inputs, layout=layout)
+
+
+def test_no_keys_give_zeros_and_minus_infinity(level):
+    inputs = attention_inputs(queries=3, keys=0)
+    out, lse = fa.attention(*inputs.values(), sink=torch.ones(2), return_lse=True)
+    assert (out == 0).all() and lse.isneginf().all()
+
+
+HIDE_ALL = {
+    "mask": {"mask": torch.zeros(1, 1, 6, 9, dtype=torch.bool)},
+    "key_lengths": {"key_lengths": torch.zeros(2, dtype=torch.int64)},
+    "query_lengths": {"query_lengths": torch.zeros(2, dtype=torch.int32)},
+    "bias": {"bias": torch.full((6, 9), -math.inf)},
+    "offset": {"causal": "top_left", "key_offset": 100},
+    "window": {"window": (0, 0), "key_offset": 100},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", HIDE_ALL)
+def test_rows_that_see_nothing_are_zero_and_pass_no_gradient(level, dtype, how):
+    inputs = attention_inputs(queries=6, keys=9, dtype=dtype) | {"sink": torch.tensor([1.0, -1.0])}
+    got = attention_results(fa.attention, inputs, HIDE_ALL[how])
+    assert got.pop("lse").isneginf().all()
+    assert all((x == 0).all() for x in got.values()), {n: x.abs().max() for n, x in got.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_more_queries_than_keys_leave_the_first_rows_empty(level, dtype):
+    for queries, keys in ((9, 4), (130, 3), (70, 65)):
+        inputs = attention_inputs(queries=queries, keys=keys, dtype=dtype)
+        out, lse = fa.attention(*inputs.values(), causal=True, return_lse=True)
+        assert (out[:, :, : queries - keys] == 0).all()
+        assert lse[:, :, : queries - keys].isneginf().all() and lse[:, :, -1].isfinite().all()
+        check_attention(fa.attention, inputs, causal=True)
+
+
+def poisoned(inputs, hidden, poison):
+    """Poison in the rows of key and value that no query sees, as ``hidden`` (batch, keys) says."""
+    rows = hidden[:, None, :, None]
+    return inputs | {n: torch.where(rows, poison, inputs[n]) for n in ("key", "value")}
+
+
+def hiding_options(batch, queries, keys):
+    """Arguments under which each of ``hidden`` (batch, keys) is hidden from every query."""
+    lengths = torch.arange(batch) * (keys // 3) + 1
+    by_length = torch.arange(keys) >= lengths[:, None]
+    by_mask = randn(batch, keys, seed=3) < 0
+    by_corner = (torch.arange(keys) > queries - 1).expand(batch, keys)
+    far = (torch.arange(keys) > queries + 4).expand(batch, keys)
+    bias = torch.where(by_mask[:, None, None], -math.inf, randn(batch, 1, queries, keys, seed=4))
+    return {
+        "key_lengths": ({"key_lengths": lengths}, by_length),
+        "mask": ({"mask": ~by_mask[:, None, None]}, by_mask),
+        "bias": ({"bias": bias}, by_mask),
+        "causal": ({"causal": "top_left"}, by_corner),
+        "window": ({"window": (None, 5), "key_offset": keys - queries}, far),
+        "all": (
+            {"mask": ~by_mask[:, None, None], "key_lengths": lengths, "causal": "top_left"},
+            by_mask | by_length | by_corner,
+        ),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("how", ["key_lengths", "mask", "bias", "causal", "window", "all"])
+def test_poison_in_hidden_keys_and_values_changes_nothing(level, dtype, how):
+    for queries, keys in ((40, 100), (1, 70), (3, 200)):
+        shape = {"batch": (3,), "queries": queries, "keys": keys, "heads": 4, "kv_heads": 2}
+        inputs = attention_inputs(**shape, dtype=dtype)
+        options, hidden = hiding_options(3, queries, keys)[how]
+        for poison in POISONS:
+            what = f"{how}, {poison}, {queries} queries, {keys} keys"
+            check_attention(fa.attention, poisoned(inputs, hidden, poison), what=what, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_before_a_poisoned_key_do_not_see_it(level, dtype):
+    """Key and value 50 are visible to the later rows, whose results are NaN; the others are not."""
+    inputs = attention_inputs(queries=100, keys=100, dtype=dtype)
+    exact = reference.attention(*(x.double() for x in inputs.values()), causal=True)
+    eager = reference.attention(*inputs.values(), causal=True)
+    for name in ("key", "value"):
+        for poison in POISONS:
+            bad = inputs | {name: inputs[name].clone()}
+            bad[name][:, :, 50] = poison
+            out, lse = fa.attention(*bad.values(), causal=True, return_lse=True)
+            before = (x[:, :, :50] for x in (out, exact, eager))
+            assert_accurate(*before, f"rows before {poison} in {name}", magnitude=1.0)
+            assert lse[:, :, :50].isfinite().all()
+            if name == "value" or math.isnan(poison):
+                assert not out[:, :, 50:].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_before_a_poisoned_key_have_finite_gradients(level, dtype):
+    inputs = attention_inputs(queries=40, keys=40, dtype=dtype)
+    inputs["key"][:, :, 30], inputs["value"][:, :, 30] = math.nan, math.nan
+    leaves = [x.requires_grad_() for x in inputs.values()]
+    fa.attention(*leaves, causal=True)[:, :, :30].float().square().sum().backward()
+    clean = [x.detach()[:, :, :30].requires_grad_() for x in inputs.values()]
+    fa.attention(*clean, causal=True).float().square().sum().backward()
+    eager = [x.detach().clone().requires_grad_() for x in clean]
+    reference.attention(*eager, causal=True).float().square().sum().backward()
+    exact = [x.detach().double().requires_grad_() for x in clean]
+    reference.attention(*exact, causal=True).square().sum().backward()
+    got = leaves[0].grad[:, :, :30]
+    assert_accurate(got, exact[0].grad, eager[0].grad, "dquery", magnitude=1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_poison_in_padding_queries_and_their_gradients_changes_nothing(level, dtype):
+    inputs = attention_inputs(queries=50, keys=60, dtype=dtype)
+    options = {"query_lengths": torch.tensor([17, 50]), "causal": True}
+    dout, dlse = randn(2, 2, 50, 16, seed=1, dtype=dtype), randn(2, 2, 50, seed=2)
+    results = []
+    for poison in (0.0, *POISONS):
+        leaves = {n: x.clone() for n, x in inputs.items()}
+        leaves["query"][0, :, 17:], dout[0, :, 17:], dlse[0, :, 17:] = poison, poison, poison
+        leaves = [x.requires_grad_() for x in leaves.values()]
+        outputs = fa.attention(*leaves, **options, return_lse=True)
+        results.append((*outputs, *torch.autograd.grad(outputs, leaves, (dout, dlse))))
+    for got in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(got, results[0], strict=True))
+    out, lse, dquery, *_ = results[0]
+    assert (out[0, :, 17:] == 0).all() and (dquery[0, :, 17:] == 0).all()
+    assert lse[0, :, 17:].isneginf().all()

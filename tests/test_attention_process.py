@@ -1,0 +1,82 @@
+"""What a whole process sees: memory, the time of the import, and that CUDA is left alone."""
+
+import os
+import statistics
+import subprocess
+import sys
+
+import pytest
+
+MEMORY = """
+import resource, torch, fastattn.functional as fa
+from fastattn import _C
+_C.set_cpu_level({level!r})
+dtype = torch.{dtype}
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def step(length):
+    leaves = [torch.randn(1, 8, length, 64, dtype=dtype).requires_grad_() for _ in range(3)]
+    out = fa.attention(*leaves, causal=True, window={window})
+    out.backward(torch.randn(1, 8, length, 64, dtype=dtype))
+
+step(64)
+before = peak()
+step(16384)
+tensors = 8 * 8 * 16384 * 64 * dtype.itemsize + 8 * 16384 * 4
+print((peak() - before - tensors) // 2**20)
+"""
+
+IMPORT = """
+import time, torch
+start = time.perf_counter()
+import fastattn, fastattn.functional
+print(time.perf_counter() - start)
+assert not torch.cuda.is_initialized()
+"""
+
+
+def run(program, **environment):
+    done = python(program, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def python(program, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env=os.environ | environment,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_memory_grows_with_the_length_and_not_with_its_square(level, dtype):
+    """Forward and backward of 8 heads of length 16384; the matrix of scores alone is 8 GiB."""
+    window = (300, None) if level == "scalar" else None  # the whole would take minutes there
+    extra = int(run(MEMORY.format(level=level, dtype=dtype, window=window)))
+    assert extra < 300, f"{extra} MiB over the tensors themselves"
+
+
+def test_importing_takes_less_than_150_ms_over_torch_and_leaves_cuda_alone():
+    assert statistics.median(float(run(IMPORT)) for _ in range(3)) < 0.15
+
+
+def test_importing_pulls_in_no_heavy_module():
+    program = "import torch, sys; before = set(sys.modules); import fastattn.functional\n"
+    program += "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    new = set(run(program).split())
+    assert not new & {"numpy", "scipy", "triton", "transformers", "matplotlib", "hypothesis"}
+
+
+def test_the_level_of_the_environment_is_taken_and_an_unknown_one_refused():
+    program = "import fastattn._C as c; print(c.active_cpu_level())"
+    assert run(program, FASTATTN_CPU_ISA="scalar").strip() == "scalar"
+    refused = python(program, FASTATTN_CPU_ISA="sse9")
+    assert refused.returncode != 0
+    assert "ValueError: FASTATTN_CPU_ISA: expected one of" in refused.stderr
