@@ -6,6 +6,7 @@ The kernels, and the checks of what they are given, are in the extension (csrc/b
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -193,9 +194,18 @@ def user_error(error: RuntimeError, arguments: Sequence[Any], options: Options) 
         return (TypeError if ": expected dtype " in message else ValueError)(message)
     if isinstance(error, NotImplementedError):
         return _missing_kernel(arguments, options) or error
-    if "Expected a value of type" in text or "Overflow when unpacking" in text:
-        return TypeError(text)
+    if wrong_type := _WRONG_TYPE.search(text):
+        expected, name, got = wrong_type.groups()
+        if expected == got:  # torch words an overflow so
+            return ValueError(f"{name}: expected an integer of 64 bits, got a larger one")
+        return TypeError(f"{name}: expected {expected}, got {got}")
     return error
+
+
+# How torch refuses an argument that does not fit the schema.
+_WRONG_TYPE = re.compile(
+    r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
+)
 
 
 def _missing_kernel(arguments: Sequence[Any], options: Options) -> Exception | None:
@@ -250,9 +260,9 @@ def _lse_shape(query: Tensor, packed: bool, bshd: bool) -> tuple[int, ...]:
     return (*batch, inner, outer) if packed or bshd else (*batch, outer, inner)
 
 
-def _require_one_device(query: Tensor, **tensors: Tensor) -> None:
+def _require_one_device(query: Tensor, **tensors: Any) -> None:
     for name, x in tensors.items():
-        if x.device != query.device:
+        if isinstance(x, Tensor) and x.device != query.device:
             raise ValueError(f"{name}: expected a tensor on {query.device}, got {x.device}")
 
 
@@ -273,8 +283,8 @@ def _plain_fake(
 def attention_forward_fake(
     query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any
 ) -> Any:
-    _require_one_device(query, key=key, value=value)
     options = _bind(given, named)
+    _require_one_device(query, key=key, value=value, **options)
     packed = options["cu_seqlens_q"] is not None
     out = _empty_in_order_of(query, value.shape[-1], packed)
     return out, query.new_empty(_lse_shape(query, packed, options["bshd"]), dtype=_real(query))
