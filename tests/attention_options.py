@@ -24,6 +24,8 @@ class Place:
 
     def broadcast_shape(self):
         pattern = self.random.choice(BROADCASTS)
+        if self.batch == ():
+            pattern = pattern[-3:]
         full = {"h": (self.heads,), "q": (self.queries,), "k": (self.keys,), "1": (1,)}
         one = {"b": self.batch}
         return tuple(n for letter in pattern for n in one.get(letter, full.get(letter, ())))

@@ -75,6 +75,27 @@ def test_corners_windows_and_lengths_are_those_of_a_loop():
         torch.testing.assert_close(got, want)
 
 
+PICTURES = [
+    (2, 5, {"causal": True}, "1111. 11111"),
+    (2, 5, {"causal": "top_left"}, "1.... 11..."),
+    (4, 2, {"causal": "bottom_right"}, ".. .. 1. 11"),
+    (4, 2, {"causal": "top_left"}, "1. 11 11 11"),
+    (4, 4, {"window": (1, 0)}, "1... 11.. .11. ..11"),
+    (4, 4, {"window": (0, 2)}, "111. .111 ..11 ...1"),
+    (4, 4, {"causal": True, "window": (2, None)}, "1... 11.. 111. .111"),
+    (2, 5, {"causal": True, "key_lengths": torch.tensor(3)}, "11... 111.."),
+]
+
+
+@pytest.mark.parametrize("picture", PICTURES, ids=str)
+def test_the_pictures_of_the_documentation_are_right(picture):
+    queries, keys, options, rows = picture
+    places = {n: x for n, x in options.items() if n in ("causal", "key_lengths")}
+    relative = reference.relative_positions(queries, keys, **places)
+    seen = reference.visibility(relative, **options).reshape(queries, keys)
+    assert " ".join("".join(".1"[x] for x in row) for row in seen.int().tolist()) == rows
+
+
 def test_score_modifiers_come_in_the_stated_order():
     x, (bias, slopes, sink) = inputs(), (randn(1, 4, 5, 7, seed=5), randn(4, seed=6), [0.5] * 4)
     mask = randn(2, 1, 5, 7, seed=7) < 0.5

@@ -31,7 +31,8 @@ void set_shapes(AttentionProblem& problem, const Tensor& query, const Tensor& ke
     if (k[d] != q[d]) fail("key", "the batch size of query, " + got(q[d]), shape_text(key));
     if (v[d] != q[d]) fail("value", "the batch size of query, " + got(q[d]), shape_text(*value));
   }
-  const int rows = problem.row_dim(), heads = problem.head_dim(), columns = static_cast<int>(rank) - 1;
+  const int rows = problem.row_dim(), heads = problem.head_dim(),
+            columns = static_cast<int>(rank) - 1;
   p.batch0 = problem.batch_dims > 0 ? q[0] : 1;
   p.batch1 = problem.batch_dims > 1 ? q[1] : 1;
   p.heads_q = q[heads], p.heads_kv = k[heads];
@@ -133,8 +134,8 @@ IndexArray sequence_lengths(AttentionProblem& problem, const char* argument,
   return array;
 }
 
-// A tensor that is read at every score: each dimension is 1 or the full size. In packed form the last two are the
-// largest lengths, and more than that is allowed.
+// A tensor that is read at every score: each dimension is 1 or the full size. In packed form the
+// last two are the largest lengths, and more than that is allowed.
 void require_score_shape(const AttentionProblem& problem, const char* argument,
                          const Tensor& tensor) {
   const AttentionParams& p = problem.params;
@@ -308,8 +309,8 @@ AttentionProblem make_problem(const Tensor& query, const Tensor& key, const Tens
   check_dtypes(problem, query, key, value, options);
   set_shapes(problem, query, key, value);
   set_packed(problem, options);
-  p.query_lengths = sequence_lengths(problem, "query_lengths", options.query_lengths,
-                                     p.cu_seqlens_q, p.seqlen_q);
+  p.query_lengths =
+      sequence_lengths(problem, "query_lengths", options.query_lengths, p.cu_seqlens_q, p.seqlen_q);
   p.key_lengths =
       sequence_lengths(problem, "key_lengths", options.key_lengths, p.cu_seqlens_k, p.seqlen_k);
   set_score_terms(problem, options);
@@ -335,7 +336,8 @@ Tensor AttentionProblem::empty_in_order_of(const Tensor& like, int64_t columns) 
   int order[5];
   for (int d = 0; d < rank; ++d) new_sizes[d] = sizes[d], order[d] = d;
   new_sizes[rank - 1] = columns;
-  const int outer = batch_dims, inner = batch_dims + 1;  // rows and heads, in the order of the layout
+  const int outer = batch_dims,
+            inner = batch_dims + 1;  // rows and heads, in the order of the layout
   if (!packed && sizes[outer] > 1 && sizes[inner] > 1 && strides[inner] > strides[outer]) {
     std::swap(order[outer], order[inner]);
   }

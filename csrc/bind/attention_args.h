@@ -1,4 +1,5 @@
-// What the attention ops share: their common arguments, the checks, and the kernels' params made from them.
+// What the attention ops share: their common arguments, the checks, and the kernels' params made
+// from them.
 #pragma once
 
 #include <vector>
@@ -8,9 +9,10 @@
 
 namespace fastattn::bind {
 
-// The tail of every attention op's schema. mask and bias have any shape that broadcasts to (*batch, heads, Sq, Sk), or,
-// for packed sequences, to (sequences, heads, max_seqlen_q, max_seqlen_k); alibi_slopes broadcasts to (*batch, heads).
-// Every option has a default, and callers name those they need: an argument given costs the dispatcher 0.2 us.
+// The tail of every attention op's schema. mask and bias have any shape that broadcasts to (*batch,
+// heads, Sq, Sk), or, for packed sequences, to (sequences, heads, max_seqlen_q, max_seqlen_k);
+// alibi_slopes broadcasts to (*batch, heads). Every option has a default, and callers name those
+// they need: an argument given costs the dispatcher 0.2 us.
 #define FASTATTN_ATTENTION_OPTIONS                                                               \
   "Tensor? mask=None, Tensor? bias=None, Tensor? alibi_slopes=None, Tensor? sink=None, "         \
   "Tensor? query_lengths=None, Tensor? key_lengths=None, Tensor? cu_seqlens_q=None, "            \
@@ -34,7 +36,8 @@ struct AttentionOptions {
 
 AttentionOptions pop_options(Stack& stack);
 
-// One attention, checked: `params` has everything but the outputs. It points into the op's arguments and `held`.
+// One attention, checked: `params` has everything but the outputs. It points into the op's
+// arguments and `held`.
 struct AttentionProblem {
   AttentionParams params{};
   bool packed = false;  // (rows, heads, columns) tensors instead of (*batch, heads, rows, columns)
@@ -52,8 +55,12 @@ struct AttentionProblem {
     return params.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   }
 
-  int row_dim() const { return packed ? 0 : batch_dims + (bshd ? 0 : 1); }
-  int head_dim() const { return packed ? 1 : batch_dims + (bshd ? 1 : 0); }
+  int row_dim() const {
+    return packed ? 0 : batch_dims + (bshd ? 0 : 1);
+  }
+  int head_dim() const {
+    return packed ? 1 : batch_dims + (bshd ? 1 : 0);
+  }
 
   // Strides of a tensor laid out like query, key, value or out.
   template <typename View>
@@ -68,15 +75,17 @@ struct AttentionProblem {
   template <typename View>
   View score_view(const Tensor& tensor) const;
 
-  // A new tensor of the shape of `like` with `columns` columns. Like SDPA's, its memory order is that of `like`, so
-  // that what a transpose did before the op, a transpose after it undoes without a copy.
+  // A new tensor of the shape of `like` with `columns` columns. Like SDPA's, its memory order is
+  // that of `like`, so that what a transpose did before the op, a transpose after it undoes without
+  // a copy.
   Tensor empty_in_order_of(const Tensor& like, int64_t columns) const;
 
   // Zeroes the rows of `tensor` (packed, contiguous) that belong to no sequence.
   void zero_unused_rows(const Tensor& tensor, const IndexArray& cu_seqlens) const;
 };
 
-// Throws when the arguments do not fit together; nothing is written before it returns. `value` may be null.
+// Throws when the arguments do not fit together; nothing is written before it returns. `value` may
+// be null.
 AttentionProblem make_problem(const Tensor& query, const Tensor& key, const Tensor* value,
                               const AttentionOptions& options);
 
@@ -109,7 +118,8 @@ View AttentionProblem::score_view(const Tensor& tensor) const {
   view.data = tensor.data_ptr();
   const Sizes sizes = tensor.sizes(), strides = tensor.strides();
   const int rank = static_cast<int>(sizes.size());
-  for (int d = 1; d <= rank; ++d) {  // from the last dimension; the fourth is batch0 unless there are two batch dims
+  for (int d = 1; d <= rank;
+       ++d) {  // from the last dimension; the fourth is batch0 unless there are two batch dims
     const int to = d == 4 && batch_dims < 2 ? 0 : 5 - d;
     view.stride[to] = sizes[rank - d] == 1 ? 0 : strides[rank - d];
   }

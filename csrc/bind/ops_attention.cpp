@@ -69,8 +69,8 @@ void attention_forward(Stack& stack) {
 
 // attention_plain(query, key, value, causal, scale, bshd) -> out
 //
-// attention_forward for most calls of inference: a short decode step takes a few microseconds, and so does the dispatcher
-// for two results and as many arguments as that has.
+// attention_forward for most calls of inference: a short decode step takes a few microseconds, and
+// so does the dispatcher for two results and as many arguments as that has.
 void attention_plain(Stack& stack) {
   const auto query = stack.pop<Tensor>();
   const auto key = stack.pop<Tensor>();
@@ -116,8 +116,9 @@ void check_saved(const AttentionProblem& problem, const Tensor& query, const Ten
   }
 }
 
-// attention_backward(dout, dlse, query, key, value, out, lse, need_dquery, need_dkey_dvalue, need_dbias, need_dsink,
-// OPTIONS) -> (dquery, dkey, dvalue, dbias, dsink), each of shape (0,) where it is not needed.
+// attention_backward(dout, dlse, query, key, value, out, lse, need_dquery, need_dkey_dvalue,
+// need_dbias, need_dsink, OPTIONS) -> (dquery, dkey, dvalue, dbias, dsink), each of shape (0,)
+// where it is not needed.
 void attention_backward(Stack& stack) {
   const auto dout = stack.pop<Tensor>();
   const auto dlse = stack.pop<OptionalTensor>();
@@ -154,7 +155,8 @@ void attention_backward(Stack& stack) {
   if (!has_scores) {
     for (Tensor* gradient : {&dquery, &dkey, &dvalue, &dsink}) torch::stable::zero_(*gradient);
   }
-  if (!has_scores || problem.packed) torch::stable::zero_(dbias);  // packed: it may exceed a sequence
+  if (!has_scores || problem.packed)
+    torch::stable::zero_(dbias);  // packed: it may exceed a sequence
   if (has_scores) {
     AttentionGradParams gradient{};
     p.out = writable(problem.view<ConstTensor>(out));
@@ -213,7 +215,8 @@ std::vector<int64_t> batch_shape(const AttentionProblem& problem, const Tensor& 
   return {query.sizes().data(), query.sizes().data() + problem.batch_dims};
 }
 
-// attention_weights(query, key, lse, rows, heads, OPTIONS) -> (*batch, len(heads), len(rows), length of key)
+// attention_weights(query, key, lse, rows, heads, OPTIONS) -> (*batch, len(heads), len(rows),
+// length of key)
 void attention_weights(Stack& stack) {
   const auto query = stack.pop<Tensor>();
   const auto key = stack.pop<Tensor>();
@@ -263,7 +266,8 @@ void attention_column_sums(Stack& stack) {
   stack.push(sums);
 }
 
-// attention_schedule(query, key, value, OPTIONS) -> the schedule that attention_forward takes, or "none".
+// attention_schedule(query, key, value, OPTIONS) -> the schedule that attention_forward takes, or
+// "none".
 void attention_schedule(Stack& stack) {
   const auto query = stack.pop<Tensor>();
   const auto key = stack.pop<Tensor>();
@@ -273,7 +277,8 @@ void attention_schedule(Stack& stack) {
   stack.push(std::string(problem.has_scores() ? cpu::attention_schedule(problem.params) : "none"));
 }
 
-#define FASTATTN_FORWARD_ARGUMENTS "(Tensor query, Tensor key, Tensor value, " FASTATTN_ATTENTION_OPTIONS ")"
+#define FASTATTN_FORWARD_ARGUMENTS \
+  "(Tensor query, Tensor key, Tensor value, " FASTATTN_ATTENTION_OPTIONS ")"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
   m.def("attention_forward" FASTATTN_FORWARD_ARGUMENTS " -> (Tensor out, Tensor lse)");
@@ -283,14 +288,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
   m.def(
       "attention_backward(Tensor dout, Tensor? dlse, Tensor query, Tensor key, Tensor value, "
       "Tensor out, Tensor lse, bool need_dquery, bool need_dkey_dvalue, bool need_dbias, "
-      "bool need_dsink, " FASTATTN_ATTENTION_OPTIONS ") "
+      "bool need_dsink, " FASTATTN_ATTENTION_OPTIONS
+      ") "
       "-> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias, Tensor dsink)");
   m.def(
-      "attention_weights(Tensor query, Tensor key, Tensor lse, Tensor rows, Tensor heads, "
-      FASTATTN_ATTENTION_OPTIONS ") -> Tensor");
-  m.def(
-      "attention_column_sums(Tensor query, Tensor key, Tensor lse, " FASTATTN_ATTENTION_OPTIONS
-      ") -> Tensor");
+      "attention_weights(Tensor query, Tensor key, Tensor lse, Tensor rows, Tensor "
+      "heads, " FASTATTN_ATTENTION_OPTIONS ") -> Tensor");
+  m.def("attention_column_sums(Tensor query, Tensor key, Tensor lse, " FASTATTN_ATTENTION_OPTIONS
+        ") -> Tensor");
   m.def("attention_schedule" FASTATTN_FORWARD_ARGUMENTS " -> str");
 }
 

@@ -38,15 +38,16 @@ class Stack {
   int popped_ = 0, pushed_ = 0;
 };
 
-// The dispatcher's calling convention around `op`, which pops every argument before it does anything else (what it
-// leaves on the stack would leak) and then pushes the results.
+// The dispatcher's calling convention around `op`, which pops every argument before it does
+// anything else (what it leaves on the stack would leak) and then pushes the results.
 template <void (*op)(Stack&)>
 void boxed(StableIValue* values, uint64_t /*num_arguments*/, uint64_t /*num_results*/) {
   Stack stack(values);
   op(stack);
 }
 
-// The Python layer turns this text into a TypeError where `expected` begins with "dtype", else into a ValueError.
+// The Python layer turns this text into a TypeError where `expected` begins with "dtype", else into
+// a ValueError.
 [[noreturn]] inline void fail(const char* argument, const std::string& expected,
                               const std::string& got) {
   throw std::runtime_error(std::string("fastattn: ") + argument + ": expected " + expected +
@@ -137,9 +138,9 @@ inline Tensor empty_strided(Sizes sizes, Sizes strides, int32_t dtype, const Ten
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               dtype, device_type, device_index, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
+                                                         sizes.data(), strides.data(), dtype,
+                                                         device_type, device_index, &handle));
   return Tensor(handle);
 }
 

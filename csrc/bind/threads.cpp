@@ -12,9 +12,10 @@
 namespace fastattn::bind {
 namespace {
 
-// NOTE: torch's pool is GNU OpenMP's, and its threads do not survive a fork: a parallel region in the child of a
-// process that had started them waits for them forever. So such a child runs its loops serially, as the workers of
-// torch's DataLoader do anyway; a child of a process that had no second thread keeps the whole pool.
+// NOTE: torch's pool is GNU OpenMP's, and its threads do not survive a fork: a parallel region in
+// the child of a process that had started them waits for them forever. So such a child runs its
+// loops serially, as the workers of torch's DataLoader do anyway; a child of a process that had no
+// second thread keeps the whole pool.
 std::atomic<bool> pool_lost_in_fork{false};
 
 #if defined(__linux__)

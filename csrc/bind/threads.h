@@ -5,7 +5,8 @@
 
 namespace fastattn::bind {
 
-// `count` follows torch.set_num_threads. Indices are handed out one at a time, so uneven bodies balance themselves.
+// `count` follows torch.set_num_threads. Indices are handed out one at a time, so uneven bodies
+// balance themselves.
 Threads torch_threads();
 
 }  // namespace fastattn::bind

@@ -79,11 +79,8 @@ FA_INLINE __m256i round_to_bf16(VecAvx512 x) {
   return (__m256i)_mm512_cvtneps_pbh(x.v);
 }
 
-// Stores 16 values as bfloat16 and gives them back as stored.
-FA_INLINE VecAvx512 store_rounded(VecAvx512 x, bf16* out) {
-  const __m256i bits = round_to_bf16(x);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), bits);
-  return VecAvx512::from_bf16(bits);
+FA_INLINE void store_rounded(VecAvx512 x, bf16* out) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), round_to_bf16(x));
 }
 
 // One row of an operand tile: 16 pairs (low[n], high[n]).

@@ -334,20 +334,19 @@ def merge_attention(
             raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(x.shape)}")
 
     real = torch.promote_types(torch.promote_types(lse_a.dtype, lse_b.dtype), torch.float32)
-    lse_a, lse_b = lse_a.to(real), lse_b.to(real)
-    empty_a, empty_b = lse_a == -math.inf, lse_b == -math.inf
-    empty = empty_a & empty_b
-    lse = torch.logaddexp(lse_a.masked_fill(empty, 0.0), lse_b.masked_fill(empty, 0.0))
-
-    def share(out: Tensor, part: Tensor, unseen: Tensor) -> Tensor:
-        weight = torch.exp(part - lse).masked_fill(unseen, 0.0)
-        if bshd:
-            weight, unseen = weight.transpose(-2, -1), unseen.transpose(-2, -1)
-        return weight.unsqueeze(-1) * out.to(real).masked_fill(unseen.unsqueeze(-1), 0.0)
-
-    out = share(out_a, lse_a, empty_a) + share(out_b, lse_b, empty_b)
+    lses = torch.stack((lse_a.to(real), lse_b.to(real)))
+    unseen = lses == -math.inf
+    empty = unseen.all(0)
+    lses = lses.masked_fill(empty, 0.0)
+    shares = torch.softmax(lses, 0)  # not exp(lses - lse): a large lse has few digits left
+    lse = torch.logsumexp(lses, 0).masked_fill(empty, -math.inf)
+    shares, unseen = shares.masked_fill(unseen, 0.0).unsqueeze(-1), unseen.unsqueeze(-1)
+    if bshd:
+        shares, unseen = shares.transpose(-3, -2), unseen.transpose(-3, -2)
+    outs = torch.stack((out_a, out_b)).to(real).masked_fill(unseen, 0.0)
+    out = (shares * outs).sum(0)
     dtype = torch.promote_types(out_a.dtype, out_b.dtype)
-    return out.to(dtype), lse.masked_fill(empty, -math.inf)
+    return out.to(dtype), lse
 
 
 def scaled_dot_product_attention(

@@ -1,0 +1,154 @@
+"""The support matrix, found by trying: each feature is run, forward and backward, and compared with
+the reference. docs/support.md is what ``python -m fastattn support`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastattn import functional, reference
+
+__all__ = ["support"]
+
+_HEADS, _KV_HEADS, _QUERIES, _KEYS = 4, 2, 5, 7
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HEAD_DIMS = (1, 40, 64, 128, 256, 512)
+
+
+def support() -> str:
+    """The matrix as Markdown.
+
+    >>> print(support().splitlines()[0])
+    # Support matrix
+    """
+    lines = [
+        "# Support matrix",
+        "",
+        "Printed by `python -m fastattn support`, which runs every row, forward and backward, and",
+        "compares it with `fastattn.reference`. Features compose: alone or together, yes is yes.",
+        "",
+        "| feature | CPU forward | CPU backward | CUDA |",
+        "|---|---|---|---|",
+    ]
+    for name, inputs, options in _rows():
+        forward, backward = _try(inputs, options)
+        lines.append(f"| {name} | {_word(forward)} | {_word(backward)} | no |")
+    lines += [
+        "",
+        "| function | CPU | gradient | CUDA |",
+        "|---|---|---|---|",
+        *(f"| `{name}` | yes | {gradient} | no |" for name, gradient in _FUNCTIONS.items()),
+        "",
+        "Second derivatives and forward-mode derivatives of attention raise. Every CPU level has",
+        "all of this (float64 runs on `scalar`); there are no CUDA kernels in this version.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+_FUNCTIONS = {
+    "attention": "yes",
+    "attention_varlen": "yes",
+    "scaled_dot_product_attention": "yes",
+    "merge_attention": "yes, of any order",
+    "attention_weights": "none",
+    "attention_column_sums": "none",
+}
+
+Inputs = dict[str, Tensor]
+Row = tuple[str, Inputs, dict[str, Any]]
+
+
+def _inputs(dtype: torch.dtype = torch.float32, head_dim: int = 16, value_dim: int = 16) -> Inputs:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return {
+        "query": normal(2, _HEADS, _QUERIES, head_dim),
+        "key": normal(2, _KV_HEADS, _KEYS, head_dim),
+        "value": normal(2, _KV_HEADS, _KEYS, value_dim),
+    }
+
+
+def _rows() -> Iterator[Row]:
+    for dtype in _DTYPES:
+        yield str(dtype).removeprefix("torch."), _inputs(dtype), {}
+    for head_dim in _HEAD_DIMS:
+        yield f"head_dim {head_dim}", _inputs(head_dim=head_dim, value_dim=head_dim), {}
+    yield "value head_dim != head_dim", _inputs(head_dim=24, value_dim=10), {}
+    plain = _inputs()
+    shape = (2, _HEADS, _QUERIES, _KEYS)
+    generator = torch.Generator().manual_seed(1)
+    visible = torch.rand(shape, generator=generator) > 0.3
+    bias = torch.randn(shape, generator=generator)
+    features: Mapping[str, dict[str, Any]] = {
+        "causal, bottom right": {"causal": "bottom_right"},
+        "causal, top left": {"causal": "top_left"},
+        "window": {"window": (2, 1)},
+        "boolean mask": {"mask": visible},
+        "boolean mask, broadcast": {"mask": visible[:1, :1]},
+        "query and key lengths": {
+            "query_lengths": torch.tensor([3, 5]),
+            "key_lengths": torch.tensor([7, 0]),
+        },
+        "ALiBi (heads)": {"alibi_slopes": functional.alibi_slopes(_HEADS)},
+        "ALiBi (batch, heads)": {"alibi_slopes": functional.alibi_slopes(_HEADS).expand(2, -1)},
+        "softcap": {"softcap": 2.0},
+        "scale": {"scale": 0.3},
+        "positions of parts": {"query_offset": 4, "key_offset": 2, "causal": True},
+        "dropout": {"dropout_p": 0.25},
+        "batch_invariant": {"batch_invariant": True},
+    }
+    for name, options in features.items():
+        yield name, plain, options
+    yield "bias with its gradient", plain | {"bias": bias}, {}
+    yield "bias with its gradient, broadcast", plain | {"bias": bias[:1, :, :1]}, {}
+    yield "sink with its gradient", plain | {"sink": torch.randn(_HEADS, generator=generator)}, {}
+    bshd = {name: x.transpose(1, 2) for name, x in plain.items()}
+    yield 'layout "bshd"', bshd, {"layout": "bshd"}
+    five = {name: x.unsqueeze(1).expand(-1, 3, -1, -1, -1) for name, x in plain.items()}
+    yield "two batch dimensions", five, {}
+    yield "no batch dimension", {name: x[0] for name, x in plain.items()}, {}
+    bounds = {"cu_seqlens_q": torch.tensor([0, 2, 4]), "cu_seqlens_k": torch.tensor([0, 3, 7])}
+    yield "packed sequences", {name: x[0].transpose(0, 1) for name, x in plain.items()}, bounds
+
+
+def _try(inputs: Inputs, options: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether forward and backward give what the reference gives."""
+    packed = "cu_seqlens_q" in options
+    given = functional.attention_varlen if packed else functional.attention
+    meant: Callable[..., Any] = reference.attention_varlen if packed else reference.attention
+    philox = {}
+    if "dropout_p" in options:
+        torch.manual_seed(0)
+        philox = {"philox": tuple(torch.randint(2**63 - 1, (2,)).tolist())}
+        torch.manual_seed(0)
+    try:
+        out, *gradients = _run(given, inputs, options)
+    except (RuntimeError, TypeError, ValueError):
+        return False, False
+    expected, *expected_gradients = _run(meant, inputs, options | philox)
+    return _close([out], [expected]), _close(gradients, expected_gradients)
+
+
+def _run(function: Any, inputs: Inputs, options: dict[str, Any]) -> list[Tensor]:
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    out, lse = function(**leaves, **options, return_lse=True)
+    loss = out.float().square().sum() + torch.where(lse.isinf(), 0.0, lse).sum()
+    return [out, *torch.autograd.grad(loss, list(leaves.values()))]
+
+
+def _close(given: list[Tensor], expected: list[Tensor]) -> bool:
+    tolerance = 64 * torch.finfo(expected[0].dtype).eps
+    return all(
+        torch.allclose(g, e, rtol=0.0, atol=tolerance * max(e.abs().max().item(), 1.0))
+        for g, e in zip(given, expected, strict=True)
+    )
+
+
+def _word(works: bool) -> str:
+    return "yes" if works else "no"

@@ -1,0 +1,33 @@
+"""What the docs show runs, and what they list is so."""
+
+import doctest
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastattn.support import support
+
+MODULES = (
+    "fastattn.functional.attention",
+    "fastattn.functional.helpers",
+    "fastattn.functional.weights",
+    "fastattn.info",
+    "fastattn.support",
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_of_docstrings_run(name):
+    module = importlib.import_module(name)
+    torch.manual_seed(0)
+    results = doctest.testmod(module, extraglobs={"torch": torch, "math": math})
+    assert results.attempted > 0
+    assert results.failed == 0
+
+
+def test_the_support_matrix_is_what_runs():
+    written = Path(__file__).parent.parent / "docs" / "support.md"
+    assert written.read_text() == support(), "python -m fastattn support > docs/support.md"
