@@ -177,6 +177,20 @@ def attention_results(
     return {"out": out, "lse": lse} | {f"d{n}": g for n, g in zip(wrt, grads, strict=True)}
 
 
+def inference_results(
+    function: Callable[..., Any],
+    inputs: Mapping[str, Tensor],
+    options: Mapping[str, Any],
+    packed: tuple[Tensor, Tensor] | None = None,
+) -> Results:
+    """out and lse where no gradient is recorded, which other kernels may compute."""
+    named = {n: x for n, x in inputs.items() if n not in ("query", "key", "value")}
+    positional = [inputs[n] for n in ("query", "key", "value")]
+    with torch.no_grad():
+        out, lse = function(*positional, *(packed or ()), **named, **options, return_lse=True)
+    return {"out": out, "lse": lse}
+
+
 def cotangents(out: Tensor, lse: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Random gradients of out and lse; values that every floating dtype holds exactly."""
     dout = randn(*out.shape, seed=seed, dtype=torch.bfloat16).to(out.dtype)
@@ -198,30 +212,32 @@ def check_attention(
     what: str = "",
     **options: Any,
 ) -> float:
-    """Hold ``function`` to the accuracy contract, forward and backward.
+    """Hold ``function`` to the accuracy contract: forward, backward, and forward in inference.
 
     Returns the part of the allowed error that is used by the worst of all results.
     """
     exact = {n: to_float64(x) for n, x in inputs.items()}
     exact_options = {n: to_float64(x) for n, x in options.items()}
-    with one_thread():
-        want = attention_results(oracle, exact, exact_options, wrt=wrt, packed=packed)
-        plain = attention_results(oracle, inputs, options, wrt=wrt, packed=packed)
-    got = attention_results(function, inputs, options, wrt=wrt, packed=packed)
-    about = (exact, exact_options, want, cotangents(want["out"], want["lse"], 1234))
     dtype = inputs["query"].dtype
-    magnitudes = _packed_magnitudes(packed, *about, dtype) if packed else _magnitudes(*about, dtype)
-    used, failures = 0.0, []
-    for name, expected in want.items():
-        if got[name].dtype != plain[name].dtype:
-            failures.append(f"{name}: {got[name].dtype}, expected {plain[name].dtype}")
-        tensors = (got[name], expected, plain[name])
-        source = None if name == "lse" else dtype
-        try:
-            part = assert_accurate(*tensors, name, magnitude=magnitudes[name], dtype=source)
-            used = max(used, part)
-        except AssertionError as error:
-            failures.append(str(error))
+    got = attention_results(function, inputs, options, wrt=wrt, packed=packed)
+    inferred = inference_results(function, inputs, options, packed)
+    with one_thread():
+        plain = attention_results(oracle, inputs, options, wrt=wrt, packed=packed)
+        want = attention_results(oracle, exact, exact_options, wrt=wrt, packed=packed)
+        about = (exact, exact_options, want, cotangents(want["out"], want["lse"], 1234), dtype)
+        magnitudes = _packed_magnitudes(packed, *about) if packed else _magnitudes(*about)
+        used, failures = 0.0, []
+        training = [(name, name, x) for name, x in got.items()]
+        for name, label, x in training + [(n, f"{n} in inference", x) for n, x in inferred.items()]:
+            if x.dtype != plain[name].dtype:
+                failures.append(f"{label}: {x.dtype}, expected {plain[name].dtype}")
+            tensors = (x, want[name], plain[name])
+            source = None if name == "lse" else dtype
+            try:
+                part = assert_accurate(*tensors, label, magnitude=magnitudes[name], dtype=source)
+                used = max(used, part)
+            except AssertionError as error:
+                failures.append(str(error))
     if failures:
         raise AssertionError("\n".join([what or str(dict(options)), *failures]))
     return used

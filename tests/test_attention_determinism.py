@@ -8,7 +8,13 @@ import torch
 from attention_options import with_features
 
 import fastattn.functional as fa
-from fastattn.testing import DTYPES, attention_inputs, attention_results, randn
+from fastattn.testing import (
+    DTYPES,
+    attention_inputs,
+    attention_results,
+    inference_results,
+    randn,
+)
 
 CASES = {
     "prefill": ({"queries": 150, "keys": 150, "heads": 4, "kv_heads": 2}, ["causal"]),
@@ -23,6 +29,15 @@ def case(name, dtype):
     return with_features(names, attention_inputs(**shape, head_dim=32, dtype=dtype), seed=2)
 
 
+def results(inputs, options):
+    """Of both passes of training, and of inference, which has kernels of its own."""
+    inferred = inference_results(fa.attention, inputs, options)
+    trained = attention_results(fa.attention, inputs, options)
+    return {n: x.detach() for n, x in trained.items()} | {
+        f"{n} alone": x for n, x in inferred.items()
+    }
+
+
 def same_bits(a, b):
     return all(torch.equal(x, b[name]) for name, x in a.items())
 
@@ -31,19 +46,26 @@ def same_bits(a, b):
 @pytest.mark.parametrize("name", CASES)
 def test_the_number_of_threads_changes_no_bit(level, dtype, name, threads):
     inputs, options = case(name, dtype)
-    results = []
+    runs = []
     for count in (1, 2, 3, 4, 2):
         threads(count)
-        results.append(attention_results(fa.attention, inputs, options))
-    assert all(same_bits(results[0], other) for other in results[1:])
+        runs.append(results(inputs, options))
+    assert all(same_bits(runs[0], other) for other in runs[1:])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_running_again_changes_no_bit(level, name):
     inputs, options = case(name, torch.float32)
-    first = attention_results(fa.attention, inputs, options)
+    first = results(inputs, options)
     for _ in range(10):
-        assert same_bits(first, attention_results(fa.attention, inputs, options))
+        assert same_bits(first, results(inputs, options))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_lse_may_be_left_out(level, name):
+    inputs, options = case(name, torch.float32)
+    with_lse, _ = fa.attention(**inputs, **options, return_lse=True)
+    assert torch.equal(fa.attention(**inputs, **options), with_lse)
 
 
 def test_the_deterministic_flag_is_accepted_either_way(level):
@@ -53,29 +75,26 @@ def test_the_deterministic_flag_is_accepted_either_way(level):
         assert torch.equal(fa.attention(*inputs.values(), deterministic=flag), want)
 
 
-def test_several_threads_of_python_at_once_get_the_bits_of_one(level):
-    inputs, options = case("prefill", torch.float32)
-    want = attention_results(fa.attention, inputs, options)
+@pytest.mark.parametrize("name", ["prefill", "decode"])
+def test_several_threads_of_python_at_once_get_the_bits_of_one(level, name):
+    inputs, options = case(name, torch.float32)
+    want = results(inputs, options)
     with ThreadPoolExecutor(6) as pool:
-        runs = [pool.submit(attention_results, fa.attention, inputs, options) for _ in range(24)]
+        runs = [pool.submit(results, inputs, options) for _ in range(24)]
         assert all(same_bits(want, run.result(timeout=120)) for run in runs)
-
-
-def _detached(inputs, options):
-    return {n: x.detach() for n, x in attention_results(fa.attention, inputs, options).items()}
 
 
 def test_a_forked_child_computes_the_same_after_the_parent_used_its_threads(level, threads):
     threads(2)
     inputs, options = case("prefill", torch.float32)
-    want = _detached(inputs, options)
+    want, _ = fa.attention(**inputs, **options, return_lse=True)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     child = context.Process(target=_forward_in_child, args=(sender, inputs))
     child.start()
     try:
         assert receiver.poll(60), "the forked child hangs"
-        assert torch.equal(torch.from_numpy(receiver.recv()), want["out"])
+        assert torch.equal(torch.from_numpy(receiver.recv()), want)
     finally:
         child.kill()
         child.join()
@@ -91,12 +110,12 @@ class _Dataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         inputs, options = case("prefill", torch.float32)
-        return _detached(inputs, options)
+        return results(inputs, options)
 
 
 def test_the_worker_of_a_data_loader_computes_the_same(level):
     inputs, options = case("prefill", torch.float32)
-    want = _detached(inputs, options)
+    want = results(inputs, options)
     loader = torch.utils.data.DataLoader(
         _Dataset(),
         batch_size=None,
@@ -109,7 +128,12 @@ def test_the_worker_of_a_data_loader_computes_the_same(level):
 
 
 def invariant(*tensors, **options):
-    return fa.attention(*tensors, **options, batch_invariant=True, return_lse=True)
+    """(out, lse), the same ones in inference and in training."""
+    options |= {"batch_invariant": True, "return_lse": True}
+    out, lse = fa.attention(*tensors, **options)
+    trained, trained_lse = fa.attention(*(x.detach().requires_grad_() for x in tensors), **options)
+    assert torch.equal(trained, out) and torch.equal(trained_lse, lse)
+    return out, lse
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -8,7 +8,14 @@ import torch
 from attention_options import BROADCASTS, FEATURES, Place, with_features
 
 import fastattn.functional as fa
-from fastattn.testing import attention_inputs, randn
+from fastattn.testing import attention_inputs, one_thread, randn
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """For thousands of calls of a few microseconds."""
+    with one_thread():
+        yield
 
 
 def small(**shape):
