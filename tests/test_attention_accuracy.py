@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_options import FEATURES, with_features
+from attention_options import BROADCASTS, FEATURES, Place, with_features
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +15,7 @@ from fastattn.testing import (
     attention_inputs,
     check_attention,
     covering_sample,
+    randn,
 )
 
 EXAMPLES = settings(
@@ -77,6 +78,22 @@ def test_every_feature_alone(level, dtype, feature):
         inputs = attention_inputs(**shape, dtype=dtype, seed=seed)
         inputs, options = with_features([feature], inputs, seed=seed)
         check_attention(fa.attention, inputs, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", BROADCASTS)
+def test_masks_and_biases_of_every_broadcast_shape(level, dtype, pattern):
+    """Over several tiles, some of them wholly hidden and some wholly visible."""
+    for queries, keys in ((140, 131), (3, 200)):
+        shape = {"queries": queries, "keys": keys, "heads": 4, "kv_heads": 2, "head_dim": 8}
+        inputs = attention_inputs(**shape, dtype=dtype)
+        place = Place(inputs)
+        place.random.choice = lambda _: pattern
+        mask = randn(*place.broadcast_shape(), seed=3) < 0.5
+        if mask.shape[-1] == keys:
+            mask[..., :64], mask[..., 64:129] = False, True
+        inputs["bias"] = randn(*place.broadcast_shape(), seed=4, dtype=dtype)
+        check_attention(fa.attention, inputs, mask=mask)
 
 
 def test_every_feature_in_float64():
