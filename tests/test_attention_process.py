@@ -1,7 +1,6 @@
-"""What a whole process sees: memory, the time of the import, and that CUDA is left alone."""
+"""What a whole process sees: memory, what an import brings, and that CUDA is left alone."""
 
 import os
-import statistics
 import subprocess
 import sys
 
@@ -26,14 +25,6 @@ before = peak()
 step(16384)
 tensors = 8 * 8 * 16384 * 64 * dtype.itemsize + 8 * 16384 * 4
 print((peak() - before - tensors) // 2**20)
-"""
-
-IMPORT = """
-import time, torch
-start = time.perf_counter()
-import fastattn, fastattn.functional
-print(time.perf_counter() - start)
-assert not torch.cuda.is_initialized()
 """
 
 
@@ -63,8 +54,9 @@ def test_memory_grows_with_the_length_and_not_with_its_square(level, dtype):
     assert extra < 300, f"{extra} MiB over the tensors themselves"
 
 
-def test_importing_takes_less_than_150_ms_over_torch_and_leaves_cuda_alone():
-    assert statistics.median(float(run(IMPORT)) for _ in range(3)) < 0.15
+def test_importing_leaves_cuda_alone():
+    program = "import torch, fastattn.functional; print(torch.cuda.is_initialized())"
+    assert run(program).strip() == "False"
 
 
 def test_importing_pulls_in_no_heavy_module():
