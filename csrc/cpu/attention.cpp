@@ -169,7 +169,8 @@ const char* attention_schedule(const AttentionParams& p) {
   return takes_decode_schedule(p, attention_kernels(p.dtype)) ? "decode" : "tile";
 }
 
-Status attention_forward(const AttentionParams& p, const Threads& threads) {
+Status attention_forward(const AttentionParams& p, const Threads& all_threads) {
+  const Threads threads = threads_for(p, all_threads);
   const AttentionKernels& kernels = attention_kernels(p.dtype);
   const std::vector<Sequence> sequences = all_sequences(p);
   if (takes_decode_schedule(p, kernels)) return forward_decode(p, kernels, sequences, threads);
@@ -181,8 +182,9 @@ Status attention_forward(const AttentionParams& p, const Threads& threads) {
              : forward_shared(p, kernels, items, threads);
 }
 
-Status attention_weights(const AttentionWeightsParams& w, const Threads& threads) {
+Status attention_weights(const AttentionWeightsParams& w, const Threads& all_threads) {
   const AttentionParams& p = w.forward;
+  const Threads threads = threads_for(p, all_threads);
   const AttentionKernels& kernels = attention_kernels(p.dtype);
   const std::vector<Sequence> sequences = all_sequences(p);
   const size_t scratch_bytes = kernels.weights_scratch_bytes(p);

@@ -328,7 +328,7 @@ class Backward {
   const AttentionGradParams& g_;
   const AttentionParams& p_;
   const AttentionKernels& kernels_;
-  const Threads& threads_;
+  const Threads threads_;
   const std::vector<Sequence> sequences_;
   const Sizes sizes_;
   const int64_t group_;
@@ -338,7 +338,7 @@ class Backward {
 }  // namespace
 
 Status attention_backward(const AttentionGradParams& g, const Threads& threads) {
-  return Backward(g, threads).run();
+  return Backward(g, threads_for(g.forward, threads)).run();
 }
 
 }  // namespace fastattn::cpu

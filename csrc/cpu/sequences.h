@@ -42,6 +42,16 @@ inline Range blocks_seen(const AttentionParams& p, const Sequence& s, Range rows
   return {keys.first / k_block, ceil_div(keys.last, k_block)};
 }
 
+// Waking a thread takes longer than this much work: such calls stay in the calling thread.
+constexpr double kSerialFlops = 1 << 19;
+
+inline Threads threads_for(const AttentionParams& p, Threads threads) {
+  const double scores = static_cast<double>(p.batch0 * p.batch1 * p.heads_q) *
+                        static_cast<double>(p.seqlen_q) * static_cast<double>(p.seqlen_k);
+  if (2 * scores * static_cast<double>(p.head_dim + p.head_dim_v) < kSerialFlops) threads.count = 1;
+  return threads;
+}
+
 // How the heads of a batch are spread over threads. Private: a thread does one KV head from packing
 // to the last tile, with everything in its own cache. Shared: all threads pack a few KV heads, then
 // all take tiles of them; for batches that have too few heads to fill the threads evenly. Both give

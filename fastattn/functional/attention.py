@@ -106,7 +106,7 @@ def attention(
 
     Raises:
         TypeError: for the type or dtype of an argument. ValueError: for its device, shape or value.
-            Both begin with the argument's name.
+            Both name the argument.
 
     Under autocast, query, key and value are cast as SDPA casts them. A second derivative or a
     forward-mode one raises.
