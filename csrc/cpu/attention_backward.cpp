@@ -48,7 +48,7 @@ class Backward {
       if (!wants_rest) status = sinks_alone();
       if (status == Status::kOk) store_sinks();
     }
-    if (status == Status::kOk && g_.dbias.data != nullptr) status = bias();
+    if (status == Status::kOk && g_.dbias.data != nullptr && !dbias_is_done_) status = bias();
     return status;
   }
 
@@ -78,6 +78,19 @@ class Backward {
     int64_t most = 0;
     for (const Sequence& s : sequences_) most = max_of(most, blocks_of(s));
     return most;
+  }
+
+  // Whether every score has a bias of its own, so that its gradient is dS as it stands.
+  bool bias_is_per_score() const {
+    const int64_t sizes[5] = {p_.batch0, p_.batch1, p_.heads_q, p_.seqlen_q, p_.seqlen_k};
+    for (int dim = 0; dim < 5; ++dim) {
+      if (g_.dbias.stride[dim] == 0 && sizes[dim] != 1) return false;
+    }
+    return p_.cu_seqlens_q.data == nullptr;
+  }
+  size_t dbias_bytes() const {
+    return (p_.dtype == DType::kFloat64 ? 8 : 4) *
+           static_cast<size_t>(kernels_.backward_q_tile * kernels_.backward_k_block);
   }
 
   // Packs every tile of a head and takes its share in the sink's gradient.
@@ -112,8 +125,9 @@ class Backward {
     const size_t tiles = static_cast<size_t>(most_tiles());
     const size_t blocks = static_cast<size_t>(most_blocks());
     const size_t dkv_bytes = (sizes_.dkey + sizes_.dvalue) * blocks;
-    const size_t worker_bytes =
-        (sizes_.tile + sizes_.dquery) * tiles + dkv_bytes + sizes_.block + sizes_.scratch;
+    const bool with_dbias = g_.dbias.data != nullptr && bias_is_per_score();
+    const size_t worker_bytes = (sizes_.tile + sizes_.dquery) * tiles + dkv_bytes + sizes_.block +
+                                sizes_.scratch + (with_dbias ? dbias_bytes() : 0);
     const int64_t count = static_cast<int64_t>(sequences_.size()) * p_.heads_kv;
     const int64_t workers = min_of(threads_.count, count);
     const Workspace workspace(worker_bytes * static_cast<size_t>(workers));
@@ -124,6 +138,8 @@ class Backward {
       char* dkey = dquery + sizes_.dquery * tiles;
       char* dvalue = dkey + sizes_.dkey * blocks;
       char* block = dvalue + sizes_.dvalue * blocks;
+      char* scratch = block + sizes_.block;
+      char* dbias = with_dbias ? scratch + sizes_.scratch : nullptr;
       const Sequence& s = sequences_[static_cast<size_t>(item / p_.heads_kv)];
       const int64_t head_kv = item % p_.heads_kv;
       std::memset(dkey, 0, dkv_bytes);
@@ -137,16 +153,31 @@ class Backward {
             const Accumulators into = {
                 g_.dquery.data ? dquery + sizes_.dquery * static_cast<size_t>(t) : nullptr,
                 g_.dkey.data ? dkey + sizes_.dkey * static_cast<size_t>(b) : nullptr,
-                dvalue + sizes_.dvalue * static_cast<size_t>(b), nullptr};
+                dvalue + sizes_.dvalue * static_cast<size_t>(b), dbias};
+            if (with_dbias) std::memset(dbias, 0, dbias_bytes());
             kernels_.backward_pair(g_, s, head, t, b, tile_memory + sizes_.tile * t, block, into,
-                                   block + sizes_.block);
+                                   scratch);
+            if (with_dbias) kernels_.store_dbias(g_, s.b0, s.b1, head, t, b, dbias);
           }
         }
+        if (with_dbias) clear_hidden_dbias(s, head, dbias);
         if (g_.dquery.data != nullptr) store_dquery(s, head, dquery);
       }
       if (g_.dkey.data != nullptr) store_dkey_dvalue(s, head_kv, dkey, dvalue);
     });
+    dbias_is_done_ = with_dbias;
     return Status::kOk;
+  }
+
+  // Zeroes the regions of a per-score bias gradient that no pair visits.
+  void clear_hidden_dbias(const Sequence& s, int64_t head, char* zeros) {
+    std::memset(zeros, 0, dbias_bytes());
+    for (int64_t t = 0; t < ceil_div(p_.seqlen_q, kernels_.backward_q_tile); ++t) {
+      for (int64_t b = 0; b < ceil_div(p_.seqlen_k, kernels_.backward_k_block); ++b) {
+        if (t < tiles_of(s) && b < blocks_of(s) && pair_is_live(s, t, b)) continue;
+        kernels_.store_dbias(g_, s.b0, s.b1, head, t, b, zeros);
+      }
+    }
   }
 
   // All threads share one KV head at a time: its tiles and blocks are packed once, then dK/dV go by
@@ -258,9 +289,9 @@ class Backward {
     }
   }
 
-  // The bias gradient is dS summed over every dimension along which the bias was broadcast. One
-  // item owns one region of it (a tile of rows and a block of keys where these are not broadcast)
-  // and visits all pairs that add to it.
+  // The bias gradient, where it is not per score, is dS summed over every dimension along which the
+  // bias was broadcast. One item owns one region of it (a tile of rows and a block of keys where
+  // these are not broadcast) and visits all pairs that add to it.
   struct BiasRegion {
     int64_t b0, b1, head, tile, block;  // -1: broadcast, visit all
   };
@@ -275,10 +306,7 @@ class Backward {
                                 extent(3, tiles), extent(4, blocks)};
     int64_t count = 1;
     for (const int64_t e : extents) count *= e;
-    const size_t accumulator = (p_.dtype == DType::kFloat64 ? 8 : 4) *
-                               static_cast<size_t>(kernels_.backward_q_tile) *
-                               static_cast<size_t>(kernels_.backward_k_block);
-    const size_t worker_bytes = sizes_.tile + sizes_.block + sizes_.scratch + accumulator;
+    const size_t worker_bytes = sizes_.tile + sizes_.block + sizes_.scratch + dbias_bytes();
     const Workspace workspace(worker_bytes * static_cast<size_t>(threads_.count));
     if (workspace.data() == nullptr) return Status::kOutOfMemory;
     for_each_item(threads_, threads_.count, count, [&](int64_t item, int64_t worker) {
@@ -297,8 +325,7 @@ class Backward {
     char* packed_block = memory + sizes_.tile;
     char* scratch = packed_block + sizes_.block;
     char* total = scratch + sizes_.scratch;
-    const size_t reals = static_cast<size_t>(kernels_.backward_q_tile * kernels_.backward_k_block);
-    std::memset(total, 0, reals * (p_.dtype == DType::kFloat64 ? 8 : 4));
+    std::memset(total, 0, dbias_bytes());
     const auto range_of = [](int64_t at, int64_t size) {
       return at < 0 ? Range{0, size} : Range{at, at + 1};
     };
@@ -333,6 +360,7 @@ class Backward {
   const Sizes sizes_;
   const int64_t group_;
   std::vector<double> sink_shares_;  // (sequences, heads_q)
+  bool dbias_is_done_ = false;       // together with the other gradients
 };
 
 }  // namespace
