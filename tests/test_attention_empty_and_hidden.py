@@ -66,6 +66,15 @@ def test_rows_that_see_nothing_are_zero_and_pass_no_gradient(level, dtype, how):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_derivative_of_softcap_at_a_hidden_key_leaks_nothing(level, dtype):
+    inputs = attention_inputs(queries=40, keys=70, dtype=dtype)
+    mask = torch.arange(70) % 7 != 3
+    for name in ("key", "value"):
+        inputs[name] = inputs[name].masked_fill(~mask.unsqueeze(-1), math.nan)
+    check_attention(fa.attention, inputs, mask=mask, softcap=2.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_more_queries_than_keys_leave_the_first_rows_empty(level, dtype):
     for queries, keys in ((9, 4), (130, 3), (70, 65)):
         inputs = attention_inputs(queries=queries, keys=keys, dtype=dtype)
