@@ -307,14 +307,14 @@ class BuildExtension(build_ext):
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         for source in sorted(Path("csrc/cpu").glob("*.cpp")):
             flags = [*COMMON_FLAGS, "-Icsrc/include"]
-            level = source.stem.removeprefix("isa_")
-            if level != source.stem:
+            if source.stem.startswith("isa_"):  # isa_<level>_<family>.cpp
+                level = source.stem.split("_")[1]
                 if level != "scalar" and not x86:
                     continue
                 emulated = self.emulate and level in EMULATED_LEVELS
                 flags += LEVEL_ISOLATION_FLAGS
                 flags += EMULATION_FLAGS if emulated else LEVEL_FLAGS[level]
-            elif self.emulate and level == "dispatch":
+            elif self.emulate and source.stem == "dispatch":
                 flags.append("-DFASTATTN_CPU_EMULATE")
             file.compile(self.cxx, source, flags)
 

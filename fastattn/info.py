@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastattn import _C, _ops
+from fastattn import _C
+from fastattn._ops import attention as _ops
 from fastattn._version import __version__
 from fastattn.functional import _arguments
 from fastattn.functional.attention import attention

@@ -5,20 +5,11 @@
 
 #include "attention_args.h"
 #include "fastattn/api.h"
+#include "status.h"
 #include "threads.h"
 
 namespace fastattn::bind {
 namespace {
-
-void check_status(Status status) {
-  switch (status) {
-    case Status::kOk: return;
-    case Status::kOutOfMemory:
-      throw std::runtime_error("fastattn could not allocate the workspace of attention");
-    case Status::kNotBuilt: throw std::runtime_error("this build of fastattn lacks the kernel");
-    case Status::kLaunchFailed: throw std::runtime_error("the device refused fastattn's kernel");
-  }
-}
 
 // lse = -inf for the packed rows that belong to no sequence.
 void fill_unused_lse(const AttentionProblem& problem, const Tensor& lse) {

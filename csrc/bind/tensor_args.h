@@ -117,12 +117,14 @@ inline void require_dtype(const char* argument, const Tensor& tensor, int32_t co
   if (dtype_code(tensor) != code) fail(argument, std::string("dtype ") + name, dtype_text(tensor));
 }
 
-inline void require_device_of(const Tensor& like, const char* argument, const Tensor& tensor) {
+inline void require_device_of(const Tensor& like, const char* argument, const Tensor& tensor,
+                              const char* like_argument = "query") {
   int32_t expected = 0, given = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &expected));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &given));
   if (given != expected || tensor.get_device_index() != like.get_device_index()) {
-    fail(argument, "a tensor on the device of query", "one on another device");
+    fail(argument, std::string("a tensor on the device of ") + like_argument,
+         "one on another device");
   }
 }
 

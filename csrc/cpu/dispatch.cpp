@@ -4,7 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "kernels.h"
+#include "attention_kernels.h"
+#include "rowwise_kernels.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -124,14 +125,31 @@ std::atomic<Level>& level_limit() {
   return limit;
 }
 
-const LevelKernels& level_kernels(Level level) {
+// The tables of a level. AMX adds tile products, which only attention has.
+const AttentionTable& attention_table(Level level) {
 #if defined(__x86_64__)
-  if (level == Level::kAmx) return kAmxKernels;
-  if (level == Level::kAvx512) return kAvx512Kernels;
-  if (level == Level::kAvx2) return kAvx2Kernels;
+  if (level == Level::kAmx) return kAmxAttention;
+  if (level == Level::kAvx512) return kAvx512Attention;
+  if (level == Level::kAvx2) return kAvx2Attention;
 #endif
   (void)level;
-  return kScalarKernels;
+  return kScalarAttention;
+}
+
+const RowwiseTable& rowwise_table(Level level) {
+#if defined(__x86_64__)
+  if (level >= Level::kAvx512) return kAvx512Rowwise;
+  if (level == Level::kAvx2) return kAvx2Rowwise;
+#endif
+  (void)level;
+  return kScalarRowwise;
+}
+
+template <typename Table>
+const auto& of_dtype(const Table& table, DType dtype) {
+  if (dtype == DType::kBFloat16) return table.bf16;
+  if (dtype == DType::kFloat16) return table.f16;
+  return table.f32;
 }
 
 }  // namespace
@@ -161,10 +179,12 @@ void set_level_limit(Level limit) {
 
 const AttentionKernels& attention_kernels(DType dtype) {
   if (dtype == DType::kFloat64) return kScalarAttentionF64;
-  const LevelKernels& kernels = level_kernels(active_level());
-  if (dtype == DType::kBFloat16) return kernels.attention_bf16;
-  if (dtype == DType::kFloat16) return kernels.attention_f16;
-  return kernels.attention_f32;
+  return of_dtype(attention_table(active_level()), dtype);
+}
+
+const RowwiseKernels& rowwise_kernels(DType dtype) {
+  if (dtype == DType::kFloat64) return kScalarRowwiseF64;
+  return of_dtype(rowwise_table(active_level()), dtype);
 }
 
 }  // namespace fastattn::cpu

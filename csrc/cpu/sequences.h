@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "kernels.h"
+#include "attention_kernels.h"
 
 namespace fastattn::cpu {
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastattn import _ops
+from fastattn._ops import attention as _ops
 from fastattn.functional import _arguments
 from fastattn.functional._arguments import Window
 

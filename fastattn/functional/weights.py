@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import _ops
+from fastattn._ops import attention as _ops
+from fastattn._ops.errors import checked
 from fastattn.functional import _arguments
 from fastattn.functional._arguments import Window
 
@@ -207,6 +208,6 @@ def _call(
             query_offset=query_offset,
             key_offset=key_offset,
         )
-        result = _ops.checked(op, query, key, lse, *chosen, **options, bshd=bshd)
+        result = checked(op, query, key, lse, *chosen, **options, bshd=bshd)
     assert isinstance(result, Tensor)
     return result if dims is None else dims.restore(result)

@@ -29,8 +29,7 @@ def source_of(unit: Path) -> Path:
 
 
 def level_of(unit: Path) -> str | None:
-    name = unit.name.removesuffix(".cpp.o")
-    return name.removeprefix("isa_") if name.startswith("isa_") else None
+    return unit.name.split("_")[1] if unit.name.startswith("isa_") else None
 
 
 def weak_symbols(unit: Path) -> list[str]:
@@ -64,7 +63,7 @@ def main() -> None:
             problems += [f"{where}: uses {name}" for name in sorted(foreign_registers(unit))]
     if not levels:
         problems.append("no unit of a level was built")
-    report(NAME, problems, f"{len(units)} units, levels {', '.join(levels)}")
+    report(NAME, problems, f"{len(units)} units, levels {', '.join(dict.fromkeys(levels))}")
 
 
 if __name__ == "__main__":

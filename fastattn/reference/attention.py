@@ -1,13 +1,4 @@
-"""The normative semantics of every op: eager, differentiable PyTorch, one function per op.
-
-These functions say what the kernels must compute. They build the whole (queries, keys) matrix, take
-any floating dtype and any number of leading batch dimensions, and in float64 they are the oracle of
-every test.
-
-Products of matrices have the dtype of the inputs and are summed in float32, as matrix units do; the
-softmax is in float32 or wider. Run on bfloat16 inputs this is the eager formula as a PyTorch user
-writes it, against which the accuracy contract measures the kernels.
-"""
+"""The normative semantics of attention."""
 
 from __future__ import annotations
 
@@ -18,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn.reference.philox import dropout_mask
+
 __all__ = [
     "attention",
     "attention_column_sums",
     "attention_varlen",
     "attention_weights",
-    "dropout_mask",
     "merge_attention",
-    "philox_4x32",
     "relative_positions",
     "scaled_dot_product_attention",
     "sequences",
@@ -34,8 +25,6 @@ __all__ = [
 
 Window = tuple[int | None, int | None]
 Index = Tensor | Sequence[int] | slice
-
-_WORD = 0xFFFFFFFF
 
 
 def attention(
@@ -321,45 +310,6 @@ def visibility(
         j = torch.arange(relative.shape[-1], device=relative.device)
         visible = visible & (j < _per_batch(key_lengths))
     return visible if mask is None else visible & mask
-
-
-def dropout_mask(
-    shape: Sequence[int], dropout_p: float, philox: tuple[int, int], batch_index: int = 0
-) -> Tensor:
-    """True where a weight of (*batch, heads, queries, keys) is kept: word >= floor(p * 2**32).
-
-    The word of (b, h, i, j) is number j % 4 of the Philox4x32-10 block with the counter (j // 4, i,
-    b * heads + h, offset) and the key (seed, seed >> 32), each modulo 2**32; b numbers the
-    flattened batch, from ``batch_index``. So it depends on seed, offset and place alone.
-    """
-    *batch, heads, queries, keys = shape
-    seed, offset = philox
-    first = batch_index * heads
-    counter = (
-        torch.arange((keys + 3) // 4),
-        torch.arange(queries).unsqueeze(-1),
-        torch.arange(first, first + math.prod(batch) * heads).view(-1, 1, 1),
-        torch.tensor(offset & _WORD),
-    )
-    words = philox_4x32(counter, (seed & _WORD, seed >> 32 & _WORD))
-    word = torch.stack(words, dim=-1).flatten(-2)[..., :keys].reshape(tuple(shape))
-    return word >= math.floor(dropout_p * 2**32)
-
-
-def philox_4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox on four counter words: int64 tensors that hold unsigned 32-bit values.
-
-    Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (2011).
-    """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(10):
-        # A product wraps modulo 2**64, which keeps its bits; the mask undoes the signed shift.
-        product0, product1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0, c1 = (product1 >> 32 & _WORD) ^ c1 ^ k0, product1 & _WORD
-        c2, c3 = (product0 >> 32 & _WORD) ^ c3 ^ k1, product0 & _WORD
-        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return c0, c1, c2, c3
 
 
 def _scores(

@@ -1,11 +1,11 @@
 // The amx level: AMX-BF16 tiles for bfloat16, and AVX512-BF16 to convert, on top of avx512.
-#include "kernels.h"
+#include "attention_kernels.h"
 #include "tile_amx.h"
 
 namespace fastattn::cpu {
 namespace {
 
-#include "algorithms.inc"
+#include "attention.inc"
 
 #include "pack_amx.inc"
 
@@ -16,7 +16,7 @@ namespace {
 }  // namespace
 
 // float32 and float16 have no tile products of their own: they run as at the avx512 level.
-const LevelKernels kAmxKernels = {
+const AttentionTable kAmxAttention = {
     attention_kernels_of<VecAvx512, float>(),
     attention_kernels_of<VecAvx512, bf16, AmxEngine, AmxBackwardEngine>(),
     attention_kernels_of<VecAvx512, f16>(),

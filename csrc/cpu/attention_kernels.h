@@ -1,4 +1,4 @@
-// The table of functions that each level exports, and the geometry that drivers and kernels share.
+// The attention functions that each level exports, and the geometry that drivers and kernels share.
 #pragma once
 
 #include <fastattn/api.h>
@@ -107,17 +107,17 @@ struct AttentionKernels {
                             int64_t block, void* scratch);
 };
 
-struct LevelKernels {
-  AttentionKernels attention_f32, attention_bf16, attention_f16;
+// Each isa_<level>_attention.cpp defines its table as a constant.
+struct AttentionTable {
+  AttentionKernels f32, bf16, f16;
 };
 
-// Each isa_<level>.cpp defines its table as a constant.
-extern const LevelKernels kScalarKernels;
+extern const AttentionTable kScalarAttention;
 extern const AttentionKernels kScalarAttentionF64;
 #if defined(__x86_64__)
-extern const LevelKernels kAvx2Kernels;
-extern const LevelKernels kAvx512Kernels;
-extern const LevelKernels kAmxKernels;
+extern const AttentionTable kAvx2Attention;
+extern const AttentionTable kAvx512Attention;
+extern const AttentionTable kAmxAttention;
 #endif
 
 // The table for this dtype at the active level (float64: always scalar).

@@ -1,15 +1,15 @@
 // The avx512 level: AVX-512 F, BW, VL, DQ on top of avx2.
-#include "kernels.h"
+#include "attention_kernels.h"
 #include "vec_avx512.h"
 
 namespace fastattn::cpu {
 namespace {
 
-#include "algorithms.inc"
+#include "attention.inc"
 
 }  // namespace
 
-const LevelKernels kAvx512Kernels = {
+const AttentionTable kAvx512Attention = {
     attention_kernels_of<VecAvx512, float>(),
     attention_kernels_of<VecAvx512, bf16>(),
     attention_kernels_of<VecAvx512, f16>(),

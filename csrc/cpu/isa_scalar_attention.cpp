@@ -1,13 +1,13 @@
 // The scalar level: plain C++ for any CPU; the only level with float64.
-#include "kernels.h"
+#include "attention_kernels.h"
 #include "vec_scalar.h"
 
 namespace fastattn::cpu {
 namespace {
-#include "algorithms.inc"
+#include "attention.inc"
 }  // namespace
 
-const LevelKernels kScalarKernels = {
+const AttentionTable kScalarAttention = {
     attention_kernels_of<ScalarVec<float>, float>(),
     attention_kernels_of<ScalarVec<float>, bf16>(),
     attention_kernels_of<ScalarVec<float>, f16>(),

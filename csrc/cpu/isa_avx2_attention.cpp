@@ -1,15 +1,15 @@
 // The avx2 level: AVX2 + FMA + F16C.
-#include "kernels.h"
+#include "attention_kernels.h"
 #include "vec_avx2.h"
 
 namespace fastattn::cpu {
 namespace {
 
-#include "algorithms.inc"
+#include "attention.inc"
 
 }  // namespace
 
-const LevelKernels kAvx2Kernels = {
+const AttentionTable kAvx2Attention = {
     attention_kernels_of<VecAvx2, float>(),
     attention_kernels_of<VecAvx2, bf16>(),
     attention_kernels_of<VecAvx2, f16>(),

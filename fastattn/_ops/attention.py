@@ -1,4 +1,4 @@
-"""The attention ops as Python sees them: shapes without data, FLOPs, autograd and error types.
+"""The attention ops as Python sees them: shapes without data, FLOPs and autograd.
 
 The kernels, and the checks of what they are given, are in the extension (csrc/bind).
 """
@@ -6,7 +6,6 @@ The kernels, and the checks of what they are given, are in the extension (csrc/b
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import _C  # noqa: F401  (registers the ops)
+from fastattn._ops.errors import checked, user_error
 
 attention_plain = torch.ops.fastattn.attention_plain.default
 attention_forward = torch.ops.fastattn.attention_forward.default
@@ -174,64 +174,8 @@ def attend_plain(
     try:
         out: Tensor = attention_plain(query, key, value, causal, scale, bshd)
     except RuntimeError as error:
-        raise user_error(error, (query, key, value), {}) from None
+        raise user_error(error, {"query": query, "key": key, "value": value}) from None
     return out
-
-
-def checked(op: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The op's results; what it raises about its arguments becomes a ValueError or TypeError."""
-    try:
-        return op(*arguments, **options)
-    except RuntimeError as error:
-        raise user_error(error, arguments, options) from None
-
-
-def user_error(error: RuntimeError, arguments: Sequence[Any], options: Options) -> Exception:
-    """The exception to raise for one that an op raised for these arguments, query first."""
-    text = str(error).split("\n", 1)[0]
-    if text.startswith("fastattn: "):
-        message = text.removeprefix("fastattn: ")
-        return (TypeError if ": expected dtype " in message else ValueError)(message)
-    if isinstance(error, NotImplementedError):
-        return _missing_kernel(arguments, options) or error
-    if wrong_type := _WRONG_TYPE.search(text):
-        expected, name, got = wrong_type.groups()
-        if expected == got:  # torch words an overflow so
-            return ValueError(f"{name}: expected an integer of 64 bits, got a larger one")
-        return TypeError(f"{name}: expected {expected}, got {got}")
-    return error
-
-
-# How torch refuses an argument that does not fit the schema.
-_WRONG_TYPE = re.compile(
-    r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
-)
-
-
-def _missing_kernel(arguments: Sequence[Any], options: Options) -> Exception | None:
-    """Why no kernel is registered for these tensors."""
-    named = dict(zip(("query", "key", "value"), arguments, strict=False)) | options
-    given = {name: x for name, x in named.items() if isinstance(x, Tensor)}
-    device = given["query"].device
-    for name, x in given.items():
-        if x.device != device:
-            return ValueError(f"{name}: expected a tensor on {device} like query, got {x.device}")
-    for name, x in given.items():
-        if x.is_nested:
-            return TypeError(
-                f"{name}: expected a dense tensor, got a nested one: "
-                "pass its values() and offsets() to attention_varlen"
-            )
-        if x.layout != torch.strided:
-            return TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
-        if x.is_quantized:
-            return TypeError(f"{name}: expected dtype float32 or narrower, got {x.dtype}")
-    if device.type != "cpu":
-        return ValueError(
-            f"query: expected a tensor on cpu, the only device this build has kernels for, "
-            f"got {device}"
-        )
-    return None
 
 
 def _register_fake(name: str) -> Callable[[_Function], _Function]:

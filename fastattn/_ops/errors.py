@@ -1,0 +1,74 @@
+"""What the ops raise, as the exceptions that a Python user expects."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def checked(
+    op: Callable[..., Any],
+    *arguments: Any,
+    names: Sequence[str] = ("query", "key", "value"),
+    **options: Any,
+) -> Any:
+    """The op's results; what it raises about its arguments becomes a ValueError or TypeError.
+
+    ``names`` are those of the first positional arguments.
+    """
+    try:
+        return op(*arguments, **options)
+    except RuntimeError as error:
+        raise user_error(error, dict(zip(names, arguments, strict=False)) | options) from None
+
+
+def user_error(error: RuntimeError, arguments: dict[str, Any]) -> Exception:
+    """The exception to raise for one that an op raised for these arguments."""
+    text = str(error).split("\n", 1)[0]
+    if text.startswith("fastattn: "):
+        message = text.removeprefix("fastattn: ")
+        return (TypeError if ": expected dtype " in message else ValueError)(message)
+    if isinstance(error, NotImplementedError):
+        return _missing_kernel(arguments) or error
+    if wrong_type := _WRONG_TYPE.search(text):
+        expected, name, got = wrong_type.groups()
+        if expected == got:  # torch words an overflow so
+            return ValueError(f"{name}: expected an integer of 64 bits, got a larger one")
+        return TypeError(f"{name}: expected {expected}, got {got}")
+    return error
+
+
+# How torch refuses an argument that does not fit the schema.
+_WRONG_TYPE = re.compile(
+    r"Expected a value of type '(.+?)' for argument '(\w+)' but instead found type '(.+?)'"
+)
+
+
+def _missing_kernel(arguments: dict[str, Any]) -> Exception | None:
+    """Why no kernel is registered for these tensors."""
+    given = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
+    first, like = next(iter(given.items()))
+    device = like.device
+    for name, x in given.items():
+        if x.device != device:
+            return ValueError(f"{name}: expected a tensor on {device} like {first}, got {x.device}")
+    for name, x in given.items():
+        if x.is_nested:
+            return TypeError(
+                f"{name}: expected a dense tensor, got a nested one: "
+                "pass its values() and offsets() to attention_varlen"
+            )
+        if x.layout != torch.strided:
+            return TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
+        if x.is_quantized:
+            return TypeError(f"{name}: expected dtype float32 or narrower, got {x.dtype}")
+    if device.type != "cpu":
+        return ValueError(
+            f"{first}: expected a tensor on cpu, the only device this build has kernels for, "
+            f"got {device}"
+        )
+    return None

@@ -1,0 +1,38 @@
+"""The normative semantics of every op: eager, differentiable PyTorch, one function per op.
+
+These functions say what the kernels must compute. They build whole matrices of scores, take any
+floating dtype and any number of leading batch dimensions, and in float64 they are the oracle of
+every test.
+
+Products of matrices have the dtype of the inputs and are summed in float32, as matrix units do;
+softmax, statistics and elementary functions are in float32 or wider. Run on bfloat16 inputs this is
+the eager formula as a PyTorch user writes it, against which the accuracy contract measures the
+kernels.
+"""
+
+from fastattn.reference.attention import (
+    attention,
+    attention_column_sums,
+    attention_varlen,
+    attention_weights,
+    merge_attention,
+    relative_positions,
+    scaled_dot_product_attention,
+    sequences,
+    visibility,
+)
+from fastattn.reference.philox import dropout_mask, philox_4x32
+
+__all__ = [
+    "attention",
+    "attention_column_sums",
+    "attention_varlen",
+    "attention_weights",
+    "dropout_mask",
+    "merge_attention",
+    "philox_4x32",
+    "relative_positions",
+    "scaled_dot_product_attention",
+    "sequences",
+    "visibility",
+]
