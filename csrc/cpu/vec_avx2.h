@@ -37,6 +37,11 @@ struct VecAvx2 {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
 
+  static VecAvx2 load(const int8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+  }
+
   static VecAvx2 load(const double* p) {
     float narrow[8];
     for (int i = 0; i < 8; ++i) narrow[i] = static_cast<float>(p[i]);
@@ -113,6 +118,20 @@ FA_INLINE float reduce_max(VecAvx2 x) {
   __m128 top = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
   top = _mm_max_ps(top, _mm_movehl_ps(top, top));
   return _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
+}
+
+FA_INLINE VecAvx2 reduce_add_each(const VecAvx2 (&x)[8]) {
+  __m256 pair[4], quad[2];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = x[2 * i].v, b = x[2 * i + 1].v;
+    pair[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m256 a = pair[2 * i], b = pair[2 * i + 1];
+    quad[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  }
+  return {_mm256_add_ps(_mm256_permute2f128_ps(quad[0], quad[1], 0x20),
+                        _mm256_permute2f128_ps(quad[0], quad[1], 0x31))};
 }
 
 FA_INLINE void transpose(VecAvx2 (&x)[8]) {

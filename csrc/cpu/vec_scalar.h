@@ -45,6 +45,10 @@ FA_INLINE double to_float(double x) {
   return x;
 }
 
+FA_INLINE float to_float(int8_t x) {
+  return x;
+}
+
 FA_INLINE void from_float(float x, float* out) {
   *out = x;
 }
@@ -158,6 +162,12 @@ FA_INLINE R reduce_add(const ScalarVec<R>& x) {
 template <typename R>
 FA_INLINE R reduce_max(const ScalarVec<R>& x) {
   return max_of(max_of(x.lane[0], x.lane[1]), max_of(x.lane[2], x.lane[3]));
+}
+
+// Lane i is the sum of the lanes of x[i].
+template <typename R>
+FA_INLINE ScalarVec<R> reduce_add_each(const ScalarVec<R> (&x)[4]) {
+  return {{reduce_add(x[0]), reduce_add(x[1]), reduce_add(x[2]), reduce_add(x[3])}};
 }
 
 // x[i] lane j becomes x[j] lane i.
