@@ -75,6 +75,13 @@ struct VecAvx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 
+  void store(int8_t* p) const {
+    const __m256i words = _mm256_cvtps_epi32(v);
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(words, words), 0x08);
+    const __m128i low = _mm256_castsi256_si128(halves);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, low));
+  }
+
   void store_n(float* p, int n) const {
     _mm256_maskstore_ps(p, first_lanes_avx2(n), v);
   }

@@ -94,7 +94,15 @@ struct VecAvx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  void store(int8_t* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
 
+  void store_n(int8_t* p, int n) const {
+    int8_t all[16];
+    store(all);
+    for (int i = 0; i < n; ++i) p[i] = all[i];
+  }
   void store_n(float* p, int n) const {
     _mm512_mask_storeu_ps(p, first_lanes_avx512(n), v);
   }

@@ -61,6 +61,17 @@ FA_INLINE void from_float(double x, float* out) {
   *out = static_cast<float>(x);
 }
 
+// |x| <= 127; to nearest, ties to even.
+FA_INLINE void from_float(float x, int8_t* out) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23 leaves no fraction bits
+  *out = static_cast<int8_t>((x + magic) - magic);
+}
+
+FA_INLINE void from_float(double x, int8_t* out) {
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52
+  *out = static_cast<int8_t>((x + magic) - magic);
+}
+
 FA_INLINE void from_float(float x, bf16* out) {
   uint32_t bits;
   memcpy(&bits, &x, sizeof(bits));
