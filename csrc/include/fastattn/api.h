@@ -2,6 +2,7 @@
 #pragma once
 
 #include "params.h"
+#include "rope_params.h"
 
 namespace fastattn {
 
@@ -33,6 +34,8 @@ const char* level_obstacle(Level level);
 Status attention_forward(const AttentionParams& params, const Threads& threads);
 Status attention_backward(const AttentionGradParams& params, const Threads& threads);
 Status attention_weights(const AttentionWeightsParams& params, const Threads& threads);
+
+Status rope(const RopeParams& params, const Threads& threads);
 
 // Name of the schedule that attention_forward takes for these params: "tile" or "decode".
 const char* attention_schedule(const AttentionParams& params);
