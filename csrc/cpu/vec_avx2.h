@@ -159,6 +159,10 @@ FA_INLINE void transpose(VecAvx2 (&x)[8]) {
   }
 }
 
+FA_INLINE VecAvx2 swap_pairs(VecAvx2 x) {
+  return {_mm256_permute_ps(x.v, 0xb1)};
+}
+
 FA_INLINE VecAvx2 round_nearest(VecAvx2 x) {
   return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

@@ -189,6 +189,10 @@ FA_INLINE void transpose(VecAvx512 (&x)[16]) {
   }
 }
 
+FA_INLINE VecAvx512 swap_pairs(VecAvx512 x) {
+  return {_mm512_permute_ps(x.v, 0xb1)};
+}
+
 FA_INLINE VecAvx512 round_nearest(VecAvx512 x) {
   return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }

@@ -193,6 +193,12 @@ FA_INLINE void transpose(ScalarVec<R> (&x)[4]) {
   }
 }
 
+// Lanes 2 i and 2 i + 1 exchanged.
+template <typename R>
+FA_INLINE ScalarVec<R> swap_pairs(const ScalarVec<R>& x) {
+  return {{x.lane[1], x.lane[0], x.lane[3], x.lane[2]}};
+}
+
 // 2^n for integral n in [-127, 127]; 0 for n == -127.
 FA_INLINE ScalarVec<float> pow2_integral(const ScalarVec<float>& n) {
   ScalarVec<float> result;

@@ -3,6 +3,7 @@
 
 #include "kv_cache_params.h"
 #include "params.h"
+#include "rope_params.h"
 
 namespace fastattn {
 
@@ -35,6 +36,8 @@ Status attention_forward(const AttentionParams& params, const Threads& threads);
 Status attention_backward(const AttentionGradParams& params, const Threads& threads);
 Status attention_weights(const AttentionWeightsParams& params, const Threads& threads);
 Status kv_cache_update(const CacheUpdateParams& params, const Threads& threads);
+
+Status rope(const RopeParams& params, const Threads& threads);
 
 // Name of the schedule that attention_forward takes for these params: "tile", "decode", or "decode
 // and tile" where the sequences of a batch differ.
