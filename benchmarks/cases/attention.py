@@ -3,7 +3,6 @@ bound by reading the cache."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -130,8 +129,7 @@ take their inputs in turn from so many copies that none is still in a cache."""
 
     def inputs(self) -> AttentionInputs:
         """Normally distributed."""
-        generator = torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
-        dtype = DTYPES[self.dtype]
+        generator, dtype = self.generator(), DTYPES[self.dtype]
 
         def normal(*shape: int, grad: bool = self.backward) -> Tensor:
             return torch.randn(shape, generator=generator).to(dtype).requires_grad_(grad)

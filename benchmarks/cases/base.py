@@ -7,6 +7,8 @@ knows what is right (`oracle`) and how much must at least be computed or moved (
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -121,6 +123,10 @@ class Case:
         """Size of the inputs, about."""
         raise NotImplementedError
 
+    def generator(self) -> torch.Generator:
+        """Of random numbers, in a state that depends on the row alone."""
+        return torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
+
     def inputs(self) -> Inputs:
         """The tensors; the same for a given case in every process."""
         raise NotImplementedError
@@ -160,6 +166,22 @@ class Case:
     def shows_memory(self) -> bool:
         """Whether peak memory is measured: where outputs and temporaries are large enough."""
         return False
+
+
+def normal(
+    generator: torch.Generator,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    mean: float = 0.0,
+    grad: bool = False,
+) -> Tensor:
+    """Normally distributed numbers. Large tensors repeat those of a block, which takes less time
+    than to draw them all, and whose odd size makes the rows differ all the same."""
+    count = math.prod(shape)
+    block = torch.randn(min(count, (1 << 22) - 3), generator=generator).add_(mean).to(dtype)
+    repeated = block.repeat(-(-count // max(len(block), 1)))[:count]
+    return repeated.view(shape).requires_grad_(grad)
 
 
 def compiled(function: Forward) -> Forward:
