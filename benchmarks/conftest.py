@@ -76,7 +76,7 @@ class Run:
                 peers=[name for name in PEERS if name in wanted or name == report.OURS],
                 compile=option.compile or ("none" if self.quick else "all" if full else "some"),
                 cap=1.5,
-                patience=60.0 if full else 0.5 if self.quick else 2.0,
+                patience=60.0 if full else 0.5 if self.quick else 4.0,
                 rounds=1 if self.quick else None,
                 cold=option.cold,
                 cache_bytes=machine.cache_bytes(),

@@ -67,6 +67,7 @@ def over_size(report: Report, what: str, axis_name: str, path: Path) -> bool:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.tick_params(labelsize=8)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(name, fontsize=9)
         axis.set_xlabel(axis_name)

@@ -43,7 +43,7 @@ class Report:
         return self.ceilings.share(row.case, row.timings[OURS].median)
 
     def summaries(self) -> dict[str, str]:
-        """What holds for each group of rows, against each of its rivals."""
+        """What holds for each group of rows, against each of its rivals that was timed."""
         found: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             for group in row.case.groups:
@@ -52,7 +52,9 @@ class Report:
         named = {}
         for (group, rival), rows in found.items():
             name = group if rival == rows[0].case.rivals[0] else f"{group} vs {rival}"
-            named[name] = verdict([pair for row in rows if (pair := compare(row, rival))])
+            pairs = [pair for row in rows if (pair := compare(row, rival))]
+            if pairs:
+                named[name] = verdict(pairs)
         return named
 
     def overall(self) -> str:
