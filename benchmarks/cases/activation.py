@@ -83,7 +83,7 @@ class ActivationCase(Case):
 shape: rows x width of the output. variant: approximation of GELU; gate and up as two tensors or \
 packed in one. rate: GB/s of what must be moved: each matrix in and out once; backward reads the \
 inputs and the gradient again and writes the gradients of the inputs. %: of the copy rate; small \
-shapes stay in caches and may exceed it, and exp bounds the float32 rate of a few threads."""
+shapes stay in caches and may exceed it."""
 
     @property
     def shape(self) -> str:
