@@ -2,9 +2,9 @@
 
 import pytest
 
-import shapes
+import cases
 
 
-@pytest.mark.parametrize("case", shapes.cases("attention"), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", cases.family("attention"), ids=lambda case: case.id)
 def bench_attention(case, measure):
     measure(case)

@@ -2,9 +2,9 @@
 
 import pytest
 
-import shapes
+import cases
 
 
-@pytest.mark.parametrize("case", shapes.cases("decode"), ids=lambda case: case.id)
+@pytest.mark.parametrize("case", cases.family("decode"), ids=lambda case: case.id)
 def bench_decode(case, measure):
     measure(case)

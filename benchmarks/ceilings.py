@@ -5,8 +5,9 @@ the rate of the best matrix product seen, not that of the arithmetic units: a ke
 and the report then shows more than 100 %. A 16-bit row is held to the better of its own rate and
 that of float32, which it can always convert to.
 
-Bandwidth: the best rate at which torch reads an array many times larger than the caches (a sum, a
-dot product with itself), all threads.
+Bandwidth: the best rates at which torch, with all threads, reads an array many times larger than
+the caches (a sum, a dot product with itself), and copies one (both what is read and what is written
+count; the target is there already).
 """
 
 from __future__ import annotations
@@ -18,30 +19,35 @@ from functools import partial
 
 import torch
 
-from peers import available_memory
-from shapes import DTYPES, Case
+from cases.base import DTYPES, Case, available_memory
 
 
 @dataclass
 class Ceilings:
     flops: dict[str, float]  # dtype -> FLOP/s
-    bandwidth: float  # bytes/s
+    bandwidth: float  # bytes/s, reading
+    copy_bandwidth: float  # bytes/s, reading and writing
 
     def share(self, case: Case, seconds: float) -> float:
         """Fraction of the ceiling that bounds this case."""
-        if case.op == "decode":
-            return case.bytes / seconds / self.bandwidth
-        return case.flops / seconds / max(self.flops[case.dtype], self.flops["fp32"])
+        limits = {
+            "read": self.bandwidth,
+            "copy": self.copy_bandwidth,
+            "flops": max(self.flops[case.dtype], self.flops["fp32"]),
+        }
+        return case.work / seconds / limits[case.bound]
 
     def describe(self) -> str:
         rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in self.flops.items())
-        return f"{rates}; read {self.bandwidth / 1e9:.3g} GB/s"
+        read, copy = self.bandwidth / 1e9, self.copy_bandwidth / 1e9
+        return f"{rates}; read {read:.3g} GB/s; copy {copy:.3g} GB/s (in and out)"
 
 
 def measure(seconds: float, cache_bytes: int) -> Ceilings:
     """All ceilings, `seconds` for each; `cache_bytes` is the size of the last-level cache."""
     flops = {name: _matmul_rate(dtype, seconds) for name, dtype in DTYPES.items()}
-    return Ceilings(flops, _read_rate(seconds, cache_bytes))
+    size = max(1 << 28, min(4 * cache_bytes, available_memory() // 8))
+    return Ceilings(flops, _read_rate(size, seconds), _copy_rate(size, seconds))
 
 
 def _matmul_rate(dtype: torch.dtype, seconds: float) -> float:
@@ -56,11 +62,16 @@ def _matmul_rate(dtype: torch.dtype, seconds: float) -> float:
     return best
 
 
-def _read_rate(seconds: float, cache_bytes: int) -> float:
-    size = max(1 << 28, min(4 * cache_bytes, available_memory() // 8))
+def _read_rate(size: int, seconds: float) -> float:
     values = torch.ones(size // 4)
     reads = (values.sum, lambda: values.dot(values))
     return max(size / _best_seconds(read, seconds / 2) for read in reads)
+
+
+def _copy_rate(size: int, seconds: float) -> float:
+    source, target = torch.ones(2, size // 4)
+    copies = (lambda: target.copy_(source), lambda: torch.neg(source, out=target))
+    return max(2 * size / _best_seconds(copy, seconds / 2) for copy in copies)
 
 
 def _best_seconds(call: Callable[[], object], seconds: float) -> float:

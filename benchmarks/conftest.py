@@ -13,11 +13,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import ceilings
 import machine
-import peers
 import plots
 import report
-import shapes
 import timing
+from cases import PEERS
+from cases.base import GRIDS, Case
 from memory import MemoryMeter
 
 BUILD = machine.ROOT / "build" / "bench"
@@ -26,16 +26,16 @@ BUILD = machine.ROOT / "build" / "bench"
 def pytest_addoption(parser):
     group = parser.getgroup("fastattn bench")
     group.addoption(
-        "--grid", choices=shapes.GRIDS, default="default", help="which rows (default: %(default)s)"
+        "--grid", choices=GRIDS, default="default", help="which rows (default: %(default)s)"
     )
     group.addoption(
         "--save", action="store_true", help="keep the results under benchmarks/results/"
     )
     group.addoption(
-        "--seconds", type=float, default=180.0, help="of the default grid (default: %(default)s)"
+        "--seconds", type=float, default=330.0, help="of the default grid (default: %(default)s)"
     )
     group.addoption("--threads", type=int, help="threads of every peer (default: torch's choice)")
-    group.addoption("--peers", default=",".join(peers.PEERS), help="default: %(default)s")
+    group.addoption("--peers", default=",".join(PEERS), help="default: %(default)s")
     group.addoption(
         "--compile", choices=("none", "some", "all"), help="rows that torch.compile takes part in"
     )
@@ -48,6 +48,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.option.threads:
         torch.set_num_threads(config.option.threads)
+    machine.keep_freed_memory()
     config.pluginmanager.register(Run(config), "fastattn-bench")
 
 
@@ -65,18 +66,17 @@ class Run:
         option = config.option
         self.config, self.grid, self.quick = config, option.grid, option.grid == "quick"
         wanted = [name.strip() for name in option.peers.split(",")]
-        if unknown := set(wanted) - set(peers.PEERS):
-            raise pytest.UsageError(f"--peers: {sorted(unknown)} not among {list(peers.PEERS)}")
+        if unknown := set(wanted) - set(PEERS):
+            raise pytest.UsageError(f"--peers: {sorted(unknown)} not among {list(PEERS)}")
         if self.quick and option.save:
             raise pytest.UsageError("--save: the quick grid checks results, its times mean nothing")
         full = self.grid == "full"
         self.bench = timing.Bench(
             timing.Settings(
-                peers=["fastattn"]
-                + [name for name in peers.PEERS if name in wanted and name != "fastattn"],
+                peers=[name for name in PEERS if name in wanted or name == report.OURS],
                 compile=option.compile or ("none" if self.quick else "all" if full else "some"),
                 cap=1.5,
-                patience=60.0 if full else 0.5 if self.quick else 2.0,
+                patience=60.0 if full else 0.5 if self.quick else 4.0,
                 rounds=1 if self.quick else None,
                 cold=option.cold,
                 cache_bytes=machine.cache_bytes(),
@@ -125,13 +125,14 @@ class Run:
             self.ceilings = ceilings.measure(0.02 if self.quick else 1.0, machine.cache_bytes())
             return (yield)
 
-    def measure(self, case: shapes.Case, benchmark) -> None:
+    def measure(self, case: Case, benchmark) -> None:
         self.progress.update(self.task, description=case.id)
         self.left -= 1
         most = self.bench.settings.cap
         # What is left of the time is shared out over the rows and peers to come; half goes into
         # inputs and checks.
         share = 0.5 * (self.deadline - time.monotonic()) / (self.left + 1) / 3
+        machine.return_freed_memory()  # of the rows before
         try:
             row = self.bench.run(case, benchmark, cap=max(0.05, min(most, share)))
             self._add_memory(row)
@@ -141,7 +142,7 @@ class Run:
         finally:
             self.progress.advance(self.task)
         self.rows.append(row)
-        benchmark.group = case.op
+        benchmark.group = case.family
         benchmark.extra_info.update(
             case=case.id,
             medians={name: peer.median for name, peer in row.timings.items()},
@@ -154,15 +155,16 @@ class Run:
 
     def _add_memory(self, row: timing.Row) -> None:
         """Of rows long enough for it to matter, and of peers that need not compile for it anew."""
-        if self.meter is None or row.case.keys < 256:
+        if self.meter is None or not row.case.shows_memory:
             return
         for name in row.timings:
             if name != "compile" and row.timings[name].median < self.bench.settings.patience:
                 row.memory[name] = self.meter.measure(row.case.id, name)
 
     def _line(self, row: timing.Row) -> str:
-        ratio = row.ratio(report.MAIN_PEER)
-        versus = f"{ratio:.2f}x vs {report.MAIN_PEER}" if ratio else f"{report.MAIN_PEER} left out"
+        rival = row.case.rivals[0]
+        ratio = row.ratio(rival)
+        versus = f"{ratio:.2f}x vs {rival}" if ratio else f"{rival} left out"
         count = len(self.rows) + len(self.failures)
         median = 1e6 * row.timings[report.OURS].median
         return f"{count}/{count + self.left} {row.case.id}: {median:.0f} us, {versus}"

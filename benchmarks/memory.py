@@ -17,7 +17,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 
@@ -53,31 +52,28 @@ def _status(name: str) -> int:
 def _growth(case_id: str, peer: str) -> int | str:
     import torch
 
-    import peers
-    import timing
-    from shapes import BY_ID, make_inputs
+    from cases import BY_ID
+    from checks import evaluate
+    from timing import reason
 
     case = BY_ID[case_id]
-    small = replace(
-        case, batch=1, heads=case.heads // case.heads_kv, heads_kv=1, queries=1, keys=16
-    )
+    small = case.tiny()
     try:
         with torch.set_grad_enabled(case.backward):
             # Libraries, kernels and threads are loaded by a first, tiny call: they are not this
             # call's memory.
-            timing.make_step(small, peers.PEERS[peer].build(small))(make_inputs(small))
-            inputs = make_inputs(case)
-            step = timing.make_step(case, peers.PEERS[peer].build(case))
+            evaluate(case.peers[peer].build(small), small.inputs())
+            inputs, forward = case.inputs(), case.peers[peer].build(case)
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)  # pages that the heap would reuse are not free memory
             Path("/proc/self/clear_refs").write_text("5")
             before = _status("VmRSS")
-            results = step(inputs)
+            results = evaluate(forward, inputs)
             grown = _status("VmHWM") - before
             del results
             return grown
     except Exception as error:
-        return timing.reason(error)
+        return reason(error)
 
 
 def _serve() -> None:

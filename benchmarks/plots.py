@@ -11,27 +11,29 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 
-from peers import PEERS
-from report import MAIN_PEER, NOTES, OURS, Report, absences, header
+from cases import ALL, PEERS
+from report import NOTES, OURS, Report, absences, header, rate, timed_peers
 from timing import Row
 
 COLORS = dict(zip(PEERS, plt.get_cmap("tab10").colors))
 
 
-def series(report: Report) -> dict[str, list[Row]]:
-    """Rows that differ in length only, three at least, by length."""
+def series(report: Report, axis: str) -> dict[str, list[Row]]:
+    """Rows that differ in size only, three at least, by size."""
     found: dict[str, list[Row]] = {}
     for row in report.rows:
-        found.setdefault(row.case.series, []).append(row)
+        if row.case.axis == axis:
+            found.setdefault(row.case.series, []).append(row)
     return {
-        name: sorted(rows, key=lambda row: row.case.keys)
+        name: sorted(rows, key=lambda row: row.case.size)
         for name, rows in found.items()
         if len(rows) >= 3
     }
 
 
-def over_length(report: Report, what: str, path: Path) -> bool:
-    """One panel per series: ms or MB of every peer over length. False if there is no series."""
+def over_size(report: Report, what: str, axis_name: str, path: Path) -> bool:
+    """One panel per series: ms or MB of every peer over length, or whatever the size of these rows
+    is. False if there is no series."""
 
     def value(row: Row, peer: str) -> float | None:
         if what == "time":
@@ -40,9 +42,9 @@ def over_length(report: Report, what: str, path: Path) -> bool:
         return memory / 1e6 if isinstance(memory, int) else None
 
     panels = {}
-    for name, rows in series(report).items():
+    for name, rows in series(report, axis_name).items():
         lines = {
-            p: [(r.case.keys, v) for r in rows if (v := value(r, p)) is not None] for p in PEERS
+            p: [(r.case.size, v) for r in rows if (v := value(r, p)) is not None] for p in PEERS
         }
         lines = {peer: points for peer, points in lines.items() if len(points) >= 2}
         if lines:
@@ -65,9 +67,10 @@ def over_length(report: Report, what: str, path: Path) -> bool:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.tick_params(labelsize=8)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(name, fontsize=9)
-        axis.set_xlabel("length")
+        axis.set_xlabel(axis_name)
         axis.set_ylabel("ms" if what == "time" else "MB above the inputs, at the peak")
         axis.grid(True, alpha=0.3)
         axis.legend(fontsize=8)
@@ -76,11 +79,11 @@ def over_length(report: Report, what: str, path: Path) -> bool:
 
 
 def ratios(report: Report, path: Path) -> bool:
-    """One bar per row: how many times as long as fastattn the main peer takes."""
-    rows = [row for row in report.rows if row.ratio(MAIN_PEER) is not None][::-1]
+    """One bar per row: how many times as long as fastattn its main rival takes."""
+    rows = [row for row in report.rows if row.ratio(row.case.rivals[0]) is not None][::-1]
     if not rows:
         return False
-    values = [row.ratio(MAIN_PEER) or 1.0 for row in rows]
+    values = [row.ratio(row.case.rivals[0]) or 1.0 for row in rows]
     figure, axis = plt.subplots(figsize=(9, 1 + 0.22 * len(rows)))
     colors = ["tab:green" if value >= 1 else "tab:red" for value in values]
     axis.barh(range(len(rows)), [value - 1 for value in values], left=1, color=colors)
@@ -99,7 +102,9 @@ def ratios(report: Report, path: Path) -> bool:
     axis.set_yticks(range(len(rows)), [row.case.id for row in rows], fontsize=7)
     axis.set_ylim(-1, len(rows))
     axis.set_title(
-        f"time of {MAIN_PEER} / time of fastattn (right of 1: fastattn is faster)", fontsize=9
+        f"time of {' or '.join(dict.fromkeys(row.case.rivals[0] for row in rows[::-1]))} / "
+        "time of fastattn (right of 1: fastattn is faster)",
+        fontsize=9,
     )
     _save(figure, path)
     return True
@@ -114,11 +119,11 @@ def _save(figure, path: Path) -> None:
 def save(report: Report, folder: Path) -> Path:
     """Writes the PNG files and report.html, and returns the path of the latter."""
     folder.mkdir(parents=True, exist_ok=True)
-    plotted = {
-        "ratios.png": ratios(report, folder / "ratios.png"),
-        "time_over_length.png": over_length(report, "time", folder / "time_over_length.png"),
-        "memory_over_length.png": over_length(report, "memory", folder / "memory_over_length.png"),
-    }
+    plotted = {"ratios.png": ratios(report, folder / "ratios.png")}
+    for axis in dict.fromkeys(case.axis for case in ALL):
+        for what in ("time", "memory"):
+            name = f"{what}_over_{axis}.png"
+            plotted[name] = over_size(report, what, axis, folder / name)
     for name, drawn in plotted.items():
         if not drawn:  # a plot of an earlier run would be taken for one of this run
             (folder / name).unlink(missing_ok=True)
@@ -144,47 +149,41 @@ def _page(report: Report, images: list[Path]) -> str:
     out = ["<!doctype html><html lang='en'><meta charset='utf-8'><title>fastattn bench</title>"]
     out += [
         f"<style>{STYLE}</style><h1>fastattn bench</h1>",
-        f"<p><b>{escape(report.verdict())}</b></p>",
+        f"<p><b>{escape(report.overall())}</b></p>",
     ]
     out += [f"<p>{escape(header(report)).replace(chr(10), '<br>')}</p>", "<ul>"]
-    out += [
-        f"<li>{escape(g)}: {escape(report.verdict(rows))}</li>"
-        for g, rows in report.groups().items()
-    ]
+    out += [f"<li>{escape(g)}: {escape(text)}</li>" for g, text in report.summaries().items()]
     out += ["</ul>"]
     for image in images:
         data = base64.b64encode(image.read_bytes()).decode()
         out.append(f"<p><img alt='{image.stem}' src='data:image/png;base64,{data}'></p>")
-    names = [
-        "op",
-        "shape",
-        "mask",
-        "dtype",
-        "pass",
-        "inputs",
-        "median us",
-        "p20",
-        "p80",
-        "rate",
-        "% peak",
-    ]
-    names += [f"x {peer}" for peer in report.peers] + ["error / budget"]
-    names += [f"MB {peer}" for peer in [OURS, *report.peers]]
-    out += ["<table><tr>" + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>"]
-    out += [_table_row(report, row) for row in report.rows]
-    out += [f"</table><p class='note'>{escape(NOTES)}</p><ul class='note'>"]
+    for family, rows in report.families.items():
+        out += [f"<h2>{escape(family)}</h2>", *_table(report, rows)]
+        out += [f"<p class='note'>{escape(rows[0].case.note)}</p>"]
+    out += [f"<p class='note'>{escape(NOTES)}</p><ul class='note'>"]
     out += [f"<li>{escape(text)}</li>" for text in absences(report)]
     return "\n".join([*out, "</ul></html>", ""])
 
 
-def _table_row(report: Report, row: Row) -> str:
+def _table(report: Report, rows: list[Row]) -> list[str]:
+    peers = timed_peers(rows)
+    names = ["op", "shape", *rows[0].case.details, "dtype", "pass", "inputs"]
+    names += ["median us", "p20", "p80", "rate", "% peak"]
+    names += [f"x {peer}" for peer in peers] + ["error / budget"]
+    names += [f"MB {peer}" for peer in [OURS, *peers]]
+    head = "<table><tr>" + "".join(f"<th>{html.escape(name)}</th>" for name in names) + "</tr>"
+    return [head, *(_table_row(report, row, peers) for row in rows), "</table>"]
+
+
+def _table_row(report: Report, row: Row, peers: list[str]) -> str:
     case, ours = row.case, row.timings[OURS]
-    rate, unit = report.rate(row)
-    words = (case.op, case.shape, case.mask, case.dtype, case.passes, "cold" if row.cold else "hot")
+    speed, unit = rate(row)
+    words = [case.op, case.shape, *case.details.values(), case.dtype, case.passes]
+    words.append("cold" if row.cold else "hot")
     numbers = [f"{1e6 * seconds:.0f}" for seconds in (ours.median, ours.p20, ours.p80)]
-    numbers += [f"{rate:.3g} {unit}", f"{100 * report.share(row):.0f}"]
+    numbers += [f"{speed:.3g} {unit}", f"{100 * report.share(row):.0f}"]
     cells = [f"<td>{word}</td>" for word in words] + [f"<td class='n'>{n}</td>" for n in numbers]
-    for peer in report.peers:
+    for peer in peers:
         ratio = row.ratio(peer)
         if ratio is None:
             why = html.escape(row.reasons.get(peer, ""), quote=True)
@@ -193,7 +192,7 @@ def _table_row(report: Report, row: Row) -> str:
             kind = "win" if ratio >= 1 else "loss"
             cells.append(f"<td class='n {kind}'>{ratio:.2f}</td>")
     cells.append(f"<td class='n'>{row.error_used:.2f}</td>")
-    for peer in [OURS, *report.peers]:
+    for peer in [OURS, *peers]:
         memory = row.memory.get(peer)
         cells.append(
             f"<td class='n'>{memory / 1e6:.1f}</td>" if isinstance(memory, int) else "<td></td>"

@@ -1,4 +1,4 @@
-"""A finished run as a table for the terminal, and as CSV and JSON."""
+"""A finished run as tables for the terminal, and as CSV and JSON."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from cases import PEERS
 from ceilings import Ceilings
-from peers import PEERS
 from timing import Row
 
-OURS, MAIN_PEER = "fastattn", "sdpa"
+OURS = "fastattn"
 
 
 @dataclass
@@ -33,53 +33,85 @@ class Report:
     failures: list[str]  # ids of the rows that gave a wrong result, or none
 
     @property
-    def peers(self) -> list[str]:
-        """Peers with a time in at least one row, in the order of the peer table."""
-        return [p for p in PEERS if p != OURS and any(p in row.timings for row in self.rows)]
-
-    def rate(self, row: Row, peer: str = OURS) -> tuple[float, str]:
-        seconds = row.timings[peer].median
-        if row.case.op == "decode":
-            return row.case.bytes / seconds / 1e9, "GB/s"
-        return row.case.flops / seconds / 1e12, "TFLOP/s"
+    def families(self) -> dict[str, list[Row]]:
+        found: dict[str, list[Row]] = {}
+        for row in self.rows:
+            found.setdefault(row.case.family, []).append(row)
+        return found
 
     def share(self, row: Row) -> float:
         return self.ceilings.share(row.case, row.timings[OURS].median)
 
-    def comparison(self, rows: list[Row], peer: str = MAIN_PEER) -> tuple[float, list[Row]] | None:
-        """Geometric mean of the ratios to `peer`, and the rows that have one, worst first."""
-        rows = [row for row in rows if row.ratio(peer) is not None]
-        if not rows:
-            return None
-        rows.sort(key=lambda row: row.ratio(peer) or 0.0)
-        mean = math.exp(sum(math.log(row.ratio(peer) or 1.0) for row in rows) / len(rows))
-        return mean, rows
-
-    def groups(self) -> dict[str, list[Row]]:
-        found: dict[str, list[Row]] = {}
+    def summaries(self) -> dict[str, str]:
+        """What holds for each group of rows, against each of its rivals that was timed."""
+        found: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
-            found.setdefault(f"{row.case.op} {row.case.dtype} {row.case.passes}", []).append(row)
-        return found
+            for group in row.case.groups:
+                for rival in row.case.rivals:
+                    found.setdefault((group, rival), []).append(row)
+        named = {}
+        for (group, rival), rows in found.items():
+            name = group if rival == rows[0].case.rivals[0] else f"{group} vs {rival}"
+            pairs = [pair for row in rows if (pair := compare(row, rival))]
+            if pairs:
+                named[name] = verdict(pairs)
+        return named
 
-    def verdict(self, rows: list[Row] | None = None, peer: str = MAIN_PEER) -> str:
-        """Geometric mean, wins and losses, and the worst row by name."""
-        compared = self.comparison(self.rows if rows is None else rows, peer)
-        if compared is None:
-            return f"no row was timed against {peer}"
-        mean, ranked = compared
-        worst = ranked[0]
-        losses = sum((row.ratio(peer) or 0.0) < 1 for row in ranked)
-        return (
-            f"geometric mean {mean:.2f}x vs {peer} over {len(ranked)} rows "
-            f"(faster {len(ranked) - losses}, slower {losses}); "
-            f"worst: {worst.case.id} {worst.ratio(peer):.2f}x"
-        )
+    def overall(self) -> str:
+        """The mean against the main rival of each row, and of all ratios the worst."""
+        pairs = [
+            pair for row in self.rows for name in row.case.rivals if (pair := compare(row, name))
+        ]
+        main = [pair for pair in pairs if pair.peer == pair.row.case.rivals[0]]
+        return verdict(main, pairs)
 
     def last_line(self) -> str:
         failed = f"{len(self.failures)} rows FAILED; " if self.failures else ""
         if self.grid == "quick":
             return f"{failed}{len(self.rows)} rows are right (quick: the times mean nothing)"
-        return failed + self.verdict()
+        return failed + self.overall()
+
+
+@dataclass
+class Pair:
+    """A row and a peer that was timed in it; `ratio` is above 1 where fastattn is faster."""
+
+    row: Row
+    peer: str
+    ratio: float
+
+
+def compare(row: Row, peer: str) -> Pair | None:
+    ratio = row.ratio(peer)
+    return None if ratio is None else Pair(row, peer, ratio)
+
+
+def verdict(pairs: list[Pair], worst_of: list[Pair] | None = None) -> str:
+    """Geometric mean, wins and losses, and the worst row by name."""
+    if not pairs:
+        return "no row was timed against a rival"
+    mean = math.exp(sum(math.log(pair.ratio) for pair in pairs) / len(pairs))
+    losses = sum(pair.ratio < 1 for pair in pairs)
+    peers = " or ".join(dict.fromkeys(pair.peer for pair in pairs))
+    worst = min(worst_of or pairs, key=lambda pair: pair.ratio)
+    against = "" if worst.peer == peers else f" vs {worst.peer}"
+    return (
+        f"geometric mean {mean:.2f}x vs {peers} over {len(pairs)} rows "
+        f"(faster {len(pairs) - losses}, slower {losses}); "
+        f"worst: {worst.row.case.id} {worst.ratio:.2f}x{against}"
+    )
+
+
+def timed_peers(rows: list[Row]) -> list[str]:
+    """Peers with a time in at least one of the rows, in the order of the peer table."""
+    return [p for p in PEERS if p != OURS and any(p in row.timings for row in rows)]
+
+
+def rate(row: Row, peer: str = OURS) -> tuple[float, str]:
+    seconds = row.timings[peer].median
+    if row.case.bound == "flops":
+        return row.case.work / seconds / 1e12, "TFLOP/s"
+    return row.case.work / seconds / 1e9, "GB/s"
 
 
 def header(report: Report) -> str:
@@ -96,67 +128,73 @@ def header(report: Report) -> str:
 
 
 NOTES = """\
-shape: batch x heads[/KV heads] x length (queries>keys) x head_dim. us: median of calls that take \
-turns with the peers' calls. rate: TFLOP/s, with 4 Sq Sk D operations per head, half if causal, \
-padding not counted, 3.5 times with backward; in decode GB/s of K, V, query and output. %: of the \
-best matrix product, or read rate, measured here. x: how many times as long as fastattn the peer \
-takes; above 1 fastattn is faster. err: share of the allowed error, which is twice that of the \
-eager formula in the same dtype and one rounding. MB: growth of the process at its peak, outputs \
-included. Decode rows (all rows with --cold) take their inputs in turn from so many copies that \
-none is still in a cache."""
+us: median of calls that take turns with the peers' calls; outputs are new in each call, for all \
+peers, in memory that the process has kept. %: of the ceiling measured here. x: how many times as \
+long as fastattn the peer takes; above 1 fastattn is faster. err: share of the allowed error, \
+which is twice that of the eager formula in the same dtype and one rounding. MB: growth of the \
+process at its peak, outputs included. With --cold, rows take their inputs in turn from so many \
+copies that none is still in a cache."""
 
-
-# What a narrow terminal goes without, first to last; CSV and HTML have it all.
-OPTIONAL = ("on", "p20-p80", f"MB {MAIN_PEER}", f"MB {OURS}", "op", "err")
+# What a narrow terminal goes without, first to last; CSV and HTML have it all. "MB peer" is the
+# column of the main rival.
+OPTIONAL = ("on", "p20-p80", "MB peer", f"MB {OURS}", "op", "err")
 
 
 def terminal(report: Report, console: Console, page: Path) -> None:
-    """The table, why peers are missing, and the verdict as the last line."""
+    """A table per family, why peers are missing, and the verdict as the last line."""
     lines: list[Text | Table] = [Text(header(report))]
     if report.grid != "quick":
-        cells = [_cells(report, row) for row in report.rows]
-        tables = [_table(cells, set(OPTIONAL[:n])) for n in range(len(OPTIONAL) + 1)]
-        free = console.options.update(width=1000)
-        fits = (t for t in tables if Measurement.get(console, free, t).maximum <= console.width)
-        lines += [next(fits, tables[-1]), Text(NOTES, style="dim")]
+        for family, rows in report.families.items():
+            lines += [Text(f"\n{family}", style="bold"), _fitting_table(report, rows, console)]
+            lines.append(Text(rows[0].case.note, style="dim"))
+        lines.append(Text(NOTES, style="dim"))
     lines += [Text(f"- {text}", style="dim") for text in absences(report)]
     if report.grid != "quick":
-        lines += [
-            Text(f"{group}: {report.verdict(rows)}") for group, rows in report.groups().items()
-        ]
+        lines += [Text(f"{group}: {text}") for group, text in report.summaries().items()]
     if report.failures:
         lines.append(Text(f"FAILED: {', '.join(report.failures)}", style="red"))
     lines += [Text(f"plots, CSV and JSON: {page}"), Text(report.last_line(), style="bold")]
     console.print(Group(*lines))
 
 
+def _fitting_table(report: Report, rows: list[Row], console: Console) -> Table:
+    """All columns that the terminal has room for."""
+    cells = [_cells(report, row, timed_peers(rows)) for row in rows]
+    tables = [_table(cells, set(OPTIONAL[:n])) for n in range(len(OPTIONAL) + 1)]
+    free = console.options.update(width=1000)
+    fits = (t for t in tables if Measurement.get(console, free, t).maximum <= console.width)
+    return next(fits, tables[-1])
+
+
 def _table(rows: list[dict[str, str | Text]], without: set[str]) -> Table:
     names = [name for name in rows[0] if name not in without]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), collapse_padding=True, pad_edge=False)
+    numbers = False  # words stand in front of them
     for name in names:
-        words = name in ("op", "shape", "mask", "dtype", "pass", "on")
-        table.add_column(name, justify="left" if words else "right", no_wrap=True)
+        numbers = numbers or name == "us"
+        table.add_column(name, justify="right" if numbers else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(row[name] for name in names))
     return table
 
 
-def _cells(report: Report, row: Row) -> dict[str, str | Text]:
-    case, ours, (rate, unit) = row.case, row.timings[OURS], report.rate(row)
+def _cells(report: Report, row: Row, peers: list[str]) -> dict[str, str | Text]:
+    case, ours, (speed, unit) = row.case, row.timings[OURS], rate(row)
     return {
-        "op": case.op.replace("attention", "attn"),
+        "op": case.op,
         "shape": case.shape,
-        "mask": case.mask,
+        **case.details,
         "dtype": case.dtype,
         "pass": case.passes,
         "on": f"{report.provenance['level']}*{report.provenance['threads']}",
         "us": f"{ours.median * 1e6:.0f}",
         "p20-p80": f"{ours.p20 * 1e6:.0f}-{ours.p80 * 1e6:.0f}",
-        "rate": f"{rate:.3f} TF" if unit == "TFLOP/s" else f"{rate:.1f} GB",
+        "rate": f"{speed:.3f} TF" if unit == "TFLOP/s" else f"{speed:.1f} GB",
         "%": f"{100 * report.share(row):.0f}",
-        **{f"x {PEERS[peer].title}": _ratio(row.ratio(peer)) for peer in report.peers},
+        **{f"x {PEERS[peer].title}": _ratio(row.ratio(peer)) for peer in peers},
         "err": f"{row.error_used:.2f}",
-        **{f"MB {peer}": _megabytes(row.memory.get(peer)) for peer in (OURS, MAIN_PEER)},
+        f"MB {OURS}": _megabytes(row.memory.get(OURS)),
+        "MB peer": _megabytes(row.memory.get(case.rivals[0])),
     }
 
 
@@ -183,19 +221,21 @@ def absences(report: Report) -> list[str]:
 
 
 def records(report: Report) -> list[dict]:
-    """One flat record per row and peer, fastattn included: what the CSV holds."""
+    """One flat record per row and peer, fastattn included: what the CSV holds. Families have
+    columns of their own (attention `mask`, rope `pairs`, ...)."""
     out = []
     for row in report.rows:
         case = row.case
         for peer in [*row.timings, *row.reasons]:
             timing, ratio, memory = row.timings.get(peer), row.ratio(peer), row.memory.get(peer)
-            rate, unit = report.rate(row, peer) if timing else (None, "")
+            speed, unit = rate(row, peer) if timing else (None, "")
             share = report.ceilings.share(case, timing.median) if timing else None
             out.append(
                 {
+                    "family": case.family,
                     "op": case.op,
                     "shape": case.shape,
-                    "mask": case.mask,
+                    **case.details,
                     "dtype": case.dtype,
                     "pass": case.passes,
                     "inputs": "cold" if row.cold else "hot",
@@ -206,7 +246,7 @@ def records(report: Report) -> list[dict]:
                     "p20_us": timing and timing.p20 * 1e6,
                     "p80_us": timing and timing.p80 * 1e6,
                     "samples": timing and timing.rounds,
-                    "rate": rate,
+                    "rate": speed,
                     "unit": unit,
                     "share_of_peak": share,
                     "time_over_fastattn": ratio,
@@ -224,15 +264,16 @@ def save(report: Report, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     flat = records(report)
     with open(folder / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, list(flat[0]), lineterminator="\n")
+        names = dict.fromkeys(name for record in flat for name in record)
+        writer = csv.DictWriter(file, list(names), lineterminator="\n")
         writer.writeheader()
         writer.writerows(flat)
     whole = {
         "provenance": report.provenance,
         "grid": report.grid,
         "ceilings": dataclasses.asdict(report.ceilings),
-        "verdict": report.verdict(),
-        "groups": {group: report.verdict(rows) for group, rows in report.groups().items()},
+        "verdict": report.overall(),
+        "groups": report.summaries(),
         "rows": flat,
     }
     (folder / "results.json").write_text(json.dumps(whole, indent=1) + "\n")

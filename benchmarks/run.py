@@ -8,6 +8,7 @@
     --peers=A,B             some of sdpa, eager, compile, onnxruntime, openvino
     --compile=none|some|all rows in which torch.compile takes part (it costs seconds per row)
     --cold                  inputs from memory and not from caches in all rows, as in decode
+                            and kv_cache
     --no-memory             leaves the memory column out
     -k EXPRESSION           rows whose name matches, as in pytest: -k "decode and bf16"
 

@@ -13,18 +13,21 @@ import itertools
 import random
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 
 import checks
-import peers
-from shapes import Case, Inputs, make_inputs
+from cases.base import Case, Inputs, Unavailable, available_memory
 
 MAX_ROUNDS = 200
 MAX_SETS = 64  # of inputs
 WARM_AGAIN = 0.5  # seconds: a first call that takes longer is as good as a warm one
+
+Step = Callable[[Inputs], tuple[torch.Tensor, ...]]
 
 
 @dataclass
@@ -78,16 +81,16 @@ class Bench:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.rates: dict[tuple[str, str, bool], float] = {}
+        self.rates: dict[tuple[str, str, str, bool], float] = {}
 
     def run(self, case: Case, benchmark, cap: float) -> Row:
         """Checks and times one case. Raises AssertionError when fastattn's result is off."""
-        cold = self.settings.cold or case.op == "decode"
+        cold = self.settings.cold or case.is_cold
         row = Row(case, cold=cold)
         with torch.set_grad_enabled(case.backward):
-            first = make_inputs(case)
+            first = case.inputs()
+            oracle = case.oracle(first)
             sets = [first] + [first.copy() for _ in range(1, self._input_sets(case, cold))]
-            oracle = checks.Oracle(case, first)
             steps, estimates = self._first_calls(row, first, oracle, cap)
             self._timed_rounds(row, benchmark, steps, estimates, sets, cap)
         return row
@@ -96,25 +99,27 @@ class Bench:
         """So many that, used in turn, none is still in the last cache when its turn comes again."""
         if not cold:
             return 1
-        fitting = int(0.25 * peers.available_memory() / case.input_bytes)
-        return max(2, min(-(-3 * self.settings.cache_bytes // case.input_bytes), MAX_SETS, fitting))
+        fitting = int(0.25 * available_memory() / case.input_bytes)
+        return max(1, min(-(-3 * self.settings.cache_bytes // case.input_bytes), MAX_SETS, fitting))
 
     def _first_calls(self, row: Row, inputs: Inputs, oracle: checks.Oracle, cap: float):
         """Builds, warms up and checks every peer; returns those that can run, and their seconds."""
-        case, checked = row.case, checks.checked_inputs(row.case, inputs)
-        steps: dict[str, checks.Step] = {}
+        case, checked = row.case, oracle.checked
+        steps: dict[str, Step] = {}
         estimates: dict[str, float] = {}
         for name in self.settings.peers:
+            if name not in case.peers:
+                continue
             try:
                 self._expect_patience(name, case, cap)
-                step = make_step(case, peers.PEERS[name].build(case))
+                step = partial(checks.evaluate, case.peers[name].build(case))
                 seconds, results = _timed(step, checked)
                 if name == "fastattn":
                     row.error_used = oracle.budget_used(results)
                 elif obstacle := oracle.peer_obstacle(results):
-                    raise peers.Unavailable(obstacle)
+                    raise Unavailable(obstacle)
                 del results
-                if seconds < WARM_AGAIN:
+                if seconds < WARM_AGAIN or name == "compile":  # whose first call compiles
                     seconds, _ = _timed(step, inputs)
             except Exception as error:
                 if name == "fastattn":
@@ -122,8 +127,8 @@ class Bench:
                 row.reasons[name] = reason(error)
                 continue
             steps[name], estimates[name] = step, seconds
-            key = (name, case.dtype, case.backward)
-            self.rates[key] = max(self.rates.get(key, 0.0), case.flops / seconds)
+            key = self._kind(name, case)
+            self.rates[key] = max(self.rates.get(key, 0.0), case.work / seconds)
         return steps, estimates
 
     def _expect_patience(self, name: str, case: Case, cap: float) -> None:
@@ -132,17 +137,22 @@ class Bench:
                 self.settings.compile == "some" and case.compiled
             )
             if not wanted:
-                raise peers.Unavailable("not compiled for this row (--compile=all)")
+                raise Unavailable("not compiled for this row (--compile=all)")
         patience = self.settings.patience
-        if name not in ("fastattn", "sdpa"):
+        if name not in ("fastattn", case.rivals[0]):
             patience = min(patience, 8 * cap)  # a run that is late saves on these first
-        rate = self.rates.get((name, case.dtype, case.backward))
-        if name != "fastattn" and rate and case.flops / rate > patience:
-            raise peers.Unavailable("left out: a call would take too long")
+        rate = self.rates.get(self._kind(name, case))
+        if name != "fastattn" and rate and case.work / rate > patience:
+            raise Unavailable("left out: a call would take too long")
+
+    @staticmethod
+    def _kind(name: str, case: Case) -> tuple[str, str, str, bool]:
+        """Rows that a peer runs at about one rate."""
+        return name, case.op, case.dtype, case.backward
 
     def _timed_rounds(self, row, benchmark, steps, estimates, sets, cap: float) -> None:
         ours = steps.pop("fastattn")
-        foreign = [name for name in steps if peers.PEERS[name].own_threads]
+        foreign = [name for name in steps if row.case.peers[name].own_threads]
         native = [name for name in steps if name not in foreign]
         samples: dict[str, list[float]] = {name: [] for name in steps}
         # Each call takes the next set: no peer finds what another one left in a cache.
@@ -176,19 +186,7 @@ class Bench:
         row.timings |= {name: Timing.of(taken) for name, taken in samples.items()}
 
 
-def make_step(case: Case, forward: peers.Forward) -> checks.Step:
-    """What is timed: the forward pass, or the forward pass and the gradients of all inputs."""
-    if not case.backward:
-        return lambda x: (forward(x),)
-
-    def forward_backward(x: Inputs):
-        out = forward(x)
-        return out, *torch.autograd.grad(out, x.leaves, x.dout)
-
-    return forward_backward
-
-
-def _timed(step: checks.Step, inputs: Inputs) -> tuple[float, tuple[torch.Tensor, ...]]:
+def _timed(step: Step, inputs: Inputs) -> tuple[float, tuple[torch.Tensor, ...]]:
     start = time.perf_counter()
     results = step(inputs)
     return time.perf_counter() - start, results
@@ -208,5 +206,5 @@ def reason(error: Exception) -> str:
     """What went wrong, in a line; a peer that is not installed says just that."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} is not installed"
-    kind = "" if isinstance(error, peers.Unavailable) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, Unavailable) else f"{type(error).__name__}: "
     return textwrap.shorten(f"{kind}{error}", 200, placeholder=" ...")

@@ -1,47 +1,26 @@
-"""What one row compares: fastattn first, then everything that computes the same function on this
-machine.
-
-A peer is one entry of `PEERS`. Its `build(case)` returns a function from `Inputs` to the output; it
-raises, then or when it is first called, for whatever it cannot do, and the text of that exception
-is what the report shows in its place.
-"""
+"""What computes attention on this machine, besides fastattn."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shapes import DTYPES, Case, Inputs
+from cases.base import DTYPES, Forward, Peer, Unavailable, available_memory, compiled, table
 
-Forward = Callable[[Inputs], Tensor]
-
-
-class Unavailable(Exception):
-    """This peer takes no part in this row; the message says why."""
+if TYPE_CHECKING:
+    from cases.attention import AttentionCase, AttentionInputs
 
 
-@dataclass(frozen=True)
-class Peer:
-    name: str
-    title: str  # of its column
-    build: Callable[[Case], Forward]
-    description: str
-    own_threads: bool = (
-        False  # brings a thread pool of its own, which competes with torch's for the cores
-    )
-
-
-def _fastattn(case: Case) -> Forward:
+def _fastattn(case: AttentionCase) -> Forward:
     from fastattn.functional import attention
 
     causal = "bottom_right" if case.is_causal else False
 
-    def forward(x: Inputs) -> Tensor:
+    def forward(x: AttentionInputs) -> Tensor:
         return attention(
             x.query, x.key, x.value, causal=causal, key_lengths=x.key_lengths, bias=x.bias
         )
@@ -49,7 +28,7 @@ def _fastattn(case: Case) -> Forward:
     return forward
 
 
-def naive_weights(x: Inputs) -> Tensor:
+def naive_weights(x: AttentionInputs) -> Tensor:
     """softmax(scale Q K^T + bias, masked): (B, H, Sq, Sk). KV heads are repeated for a group."""
     group = x.query.shape[1] // x.key.shape[1]
     key = x.key.repeat_interleave(group, 1) if group > 1 else x.key
@@ -61,14 +40,14 @@ def naive_weights(x: Inputs) -> Tensor:
     return torch.softmax(scores, -1)
 
 
-def naive(x: Inputs) -> Tensor:
+def naive(x: AttentionInputs) -> Tensor:
     """Attention as one writes it by hand, the whole score matrix in memory."""
     group = x.query.shape[1] // x.value.shape[1]
     value = x.value.repeat_interleave(group, 1) if group > 1 else x.value
     return naive_weights(x) @ value
 
 
-def _eager(case: Case) -> Forward:
+def _eager(case: AttentionCase) -> Forward:
     matrices = 5 if case.backward else 3
     size = DTYPES[case.dtype].itemsize
     needed = matrices * case.batch * case.heads * case.queries * case.keys * size
@@ -77,13 +56,13 @@ def _eager(case: Case) -> Forward:
     return naive
 
 
-def _sdpa(case: Case) -> Forward:
+def _sdpa(case: AttentionCase) -> Forward:
     square = (
         case.queries == case.keys
     )  # torch's is_causal is the top-left corner: the same only here
     grouped = case.heads != case.heads_kv
 
-    def forward(x: Inputs) -> Tensor:
+    def forward(x: AttentionInputs) -> Tensor:
         mask = x.bias if x.bias is not None else x.visible
         if case.is_causal and square:
             mask = None
@@ -94,13 +73,12 @@ def _sdpa(case: Case) -> Forward:
     return forward
 
 
-def _compiled(case: Case) -> Forward:
-    torch._dynamo.reset()  # each row is its own program: no recompile limit, no dynamic shapes
+def _compiled(case: AttentionCase) -> Forward:
     _eager(case)  # compiled or not, it may fall back to whole score matrices
-    return torch.compile(naive, dynamic=False, fullgraph=True)
+    return compiled(naive)
 
 
-def _onnxruntime(case: Case) -> Forward:
+def _onnxruntime(case: AttentionCase) -> Forward:
     """The ONNX operator Attention (opset 24), through onnxruntime's CPU provider."""
     import onnxruntime
     from onnx import TensorProto, helper
@@ -131,7 +109,7 @@ def _onnxruntime(case: Case) -> Forward:
 
     masks = {}  # the operator wants all queries written out: once, and not in the time of a call
 
-    def forward(x: Inputs) -> Tensor:
+    def forward(x: AttentionInputs) -> Tensor:
         feed = {"query": x.query.numpy(), "key": x.key.numpy(), "value": x.value.numpy()}
         if mask:
             if mask not in masks:
@@ -145,7 +123,7 @@ def _onnxruntime(case: Case) -> Forward:
     return forward
 
 
-def _openvino(case: Case) -> Forward:
+def _openvino(case: AttentionCase) -> Forward:
     """OpenVINO's fused ScaledDotProductAttention on its CPU plugin; tensors are not copied."""
     import openvino as ov
     from openvino import opset13 as ops
@@ -178,7 +156,7 @@ def _openvino(case: Case) -> Forward:
             return ov.Tensor(tensor.view(torch.int16).numpy(), tensor.shape, ov.Type.bf16)
         return ov.Tensor(tensor.numpy(), shared_memory=True)
 
-    def forward(x: Inputs) -> Tensor:
+    def forward(x: AttentionInputs) -> Tensor:
         extra = [t for t in (x.bias, x.visible if case.mask == "padded" else None) if t is not None]
         for i, tensor in enumerate((x.query, x.key, x.value, *extra)):
             request.set_input_tensor(i, shared(tensor.contiguous()))
@@ -191,21 +169,11 @@ def _openvino(case: Case) -> Forward:
     return forward
 
 
-def available_memory() -> int:
-    """Bytes that can be allocated without swapping (what Linux calls MemAvailable)."""
-    with open("/proc/meminfo") as file:
-        kibibytes = next(line.split()[1] for line in file if line.startswith("MemAvailable"))
-    return int(kibibytes) * 1024
-
-
-PEERS = {
-    peer.name: peer
-    for peer in (
-        Peer("fastattn", "fastattn", _fastattn, "fastattn.functional.attention"),
-        Peer("sdpa", "sdpa", _sdpa, "torch.nn.functional.scaled_dot_product_attention"),
-        Peer("eager", "eager", _eager, "softmax(Q K^T) V by hand, eager"),
-        Peer("compile", "compile", _compiled, "torch.compile(the same by hand, dynamic=False)"),
-        Peer("onnxruntime", "ort", _onnxruntime, "onnxruntime, ONNX Attention", own_threads=True),
-        Peer("openvino", "ov", _openvino, "OpenVINO, ScaledDotProductAttention", own_threads=True),
-    )
-}
+PEERS = table(
+    Peer("fastattn", "fastattn", _fastattn, "fastattn.functional.attention"),
+    Peer("sdpa", "sdpa", _sdpa, "torch.nn.functional.scaled_dot_product_attention"),
+    Peer("eager", "eager", _eager, "softmax(Q K^T) V by hand, eager"),
+    Peer("compile", "compile", _compiled, "torch.compile(the same by hand, dynamic=False)"),
+    Peer("onnxruntime", "ort", _onnxruntime, "onnxruntime, ONNX Attention", own_threads=True),
+    Peer("openvino", "ov", _openvino, "OpenVINO, ScaledDotProductAttention", own_threads=True),
+)

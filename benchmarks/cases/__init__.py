@@ -1,0 +1,20 @@
+"""The grid: every row of every family."""
+
+from __future__ import annotations
+
+from cases import activation, attention, kv_cache, norm, rope
+from cases.base import Case
+
+ALL: list[Case] = [
+    *attention.ALL,
+    *norm.ALL,
+    *activation.ALL,
+    *rope.ALL,
+    *kv_cache.ALL,
+]
+BY_ID = {case.id: case for case in ALL}
+PEERS = {name: peer for case in ALL for name, peer in case.peers.items()}
+
+
+def family(name: str) -> list[Case]:
+    return [case for case in BY_ID.values() if case.family == name]
