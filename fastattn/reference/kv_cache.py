@@ -58,14 +58,12 @@ def kv_cache_update(
         x.flatten(0, 1) if x.dim() == 4 else x for x in (_by_row(x, layout) for x in (key, value))
     ]
     requests, at = _row_positions(key, positions, lengths, cu_seqlens, layout, size)
-    places = {
-        token: _place(request, position, stores[0], block_table, ring)
-        for token, (request, position) in enumerate(zip(requests, at))
-        if position >= 0
-    }
+    written = (at >= 0).nonzero().flatten()
+    entry, row = _places(requests[written], at[written], stores[0], block_table, ring)
+    places = list(zip(written.tolist(), entry.tolist(), row.tolist()))
     if rope is not None:
-        turn_by = torch.tensor(at) if rope_positions is None else rope_positions.reshape(-1)
-        if any(not 0 <= turn_by[token] < rope[0].shape[0] for token in places):
+        turn_by = at if rope_positions is None else rope_positions.reshape(-1)
+        if ((turn_by < 0) | (turn_by >= rope[0].shape[0]))[written].any():
             raise ValueError(f"rope: expected positions below {rope[0].shape[0]}")
         turned = rotate(rows[0].transpose(0, 1), turn_by, rope, interleaved)
         rows[0] = turned.transpose(0, 1)
@@ -73,10 +71,10 @@ def kv_cache_update(
         if scale is not None:
             new, new_scale = quantize_rows(new)
             scales = scale.transpose(1, 2) if layout == "bhsd" else scale
-            for token, place in places.items():
-                scales[place] = new_scale[token]
-        for token, place in places.items():
-            store[place] = new[token].to(store.dtype)
+            for token, *place in places:
+                scales[tuple(place)] = new_scale[token]
+        for token, *place in places:
+            store[tuple(place)] = new[token].to(store.dtype)
 
 
 def attention_with_cache(
@@ -204,12 +202,12 @@ def cached_rows(
 ) -> Tensor:
     """The rows of a request at positions ``at``, (kv_heads, rows, head_dim); int8 as float64."""
     store = _rows_first(cache, layout)
-    rows = store.new_empty((len(at), *store.shape[2:]), dtype=_stored(store, scale))
-    for i, position in enumerate(at.tolist()):
-        place = _place(request, position, store, block_table, ring)
-        rows[i] = store[place].to(rows.dtype)
-        if scale is not None:
-            rows[i] *= (scale.transpose(1, 2) if layout == "bhsd" else scale)[place].unsqueeze(-1)
+    places = _places(torch.full_like(at, request), at, store, block_table, ring)
+    rows = store[places]
+    if scale is not None:
+        rows = rows.double() * (scale.transpose(1, 2) if layout == "bhsd" else scale)[
+            places
+        ].double().unsqueeze(-1)
     return rows.transpose(0, 1)
 
 
@@ -252,23 +250,21 @@ def rotate(x: Tensor, positions: Tensor, rope: Rope, interleaved: bool) -> Tenso
     return turned
 
 
-def _place(
-    request: int, position: int, store: Tensor, block_table: Tensor | None, ring: bool
-) -> tuple[int, int]:
-    """Where the row at a position is stored: (entry, row) of (entries, rows, kv_heads, dim)."""
+def _places(
+    requests: Tensor, at: Tensor, store: Tensor, block_table: Tensor | None, ring: bool
+) -> tuple[Tensor, Tensor]:
+    """Where rows at positions are stored: entry and row of (entries, rows, kv_heads, dim)."""
     entries, size = store.shape[:2]
-    if block_table is not None:
-        if position // size >= block_table.shape[1]:
-            raise ValueError(
-                f"positions: {position} is behind the block_table of request {request}"
-            )
-        page = int(block_table[request, position // size])
-        if not 0 <= page < entries:
-            raise ValueError(f"block_table: expected pages below {entries}, got {page}")
-        return page, position % size
-    if (not ring and position >= size) or request >= entries:
-        raise ValueError(f"positions: {position} of entry {request} is outside of the cache")
-    return request, position % size
+    if block_table is None:
+        if (not ring and (at >= size).any()) or (requests >= entries).any():
+            raise ValueError(f"positions: expected {entries} requests and positions below {size}")
+        return requests, at % size
+    if (at // size >= block_table.shape[1]).any():
+        raise ValueError(f"positions: expected them below {block_table.shape[1] * size}")
+    page = block_table.to(torch.int64)[requests, at // size]
+    if ((page < 0) | (page >= entries)).any():
+        raise ValueError(f"block_table: expected pages below {entries}, got {page.tolist()}")
+    return page, at % size
 
 
 def _row_positions(
@@ -278,13 +274,13 @@ def _row_positions(
     cu_seqlens: Tensor | None,
     layout: str,
     size: int,
-) -> tuple[list[int], list[int]]:
+) -> tuple[Tensor, Tensor]:
     """The request and the position of each row of key; negative: not written."""
     given = torch.as_tensor(positions).to(torch.int64)
     if given.dim() < 2 and (key.dim() == 4 or cu_seqlens is not None) and (given < 0).any():
         raise ValueError("positions: expected first positions >= 0")
     if key.dim() == 3 and cu_seqlens is None:
-        return (given // size).tolist(), torch.where(given < 0, -1, given % size).tolist()
+        return given // size, torch.where(given < 0, -1, given % size)
     if key.dim() == 3:
         assert cu_seqlens is not None
         request, index = _packed_rows(key.shape[0], cu_seqlens)
@@ -296,7 +292,7 @@ def _row_positions(
         at = given if given.dim() == 2 else given.expand(batch).unsqueeze(-1) + index
     if lengths is not None:
         at = torch.where(index < lengths.to(torch.int64)[request], at, -1)
-    return request.flatten().tolist(), at.flatten().tolist()
+    return request.flatten(), at.flatten()
 
 
 def _packed_rows(tokens: int, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -358,10 +354,6 @@ def _part(x: Tensor | None, b: int, queries: int, columns: Tensor) -> Tensor | N
     x = x[b if x.shape[0] > 1 else 0] if x.dim() == 4 else x
     x = x[..., columns] if x.shape[-1] > 1 else x
     return x[..., :queries, :] if x.dim() > 1 and x.shape[-2] > 1 else x
-
-
-def _stored(store: Tensor, scale: Tensor | None) -> torch.dtype:
-    return store.dtype if scale is None else torch.float64
 
 
 def _dims(x: Tensor | None) -> int:
