@@ -207,7 +207,7 @@ value_head_dim=8, dtype=torch.float32, device=cpu, layout='bhsd', lengths=[5, 7]
             self._rows_of[target] = rows
         self.lengths[index] = rows
         if self._starts is not None:
-            self._starts[index] = self._starts[origin]
+            self._starts[index] = self._starts[origin].clone()
         self._ready = None
 
     def reorder(self, indices: Indices) -> None:
