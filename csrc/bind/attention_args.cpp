@@ -9,10 +9,6 @@ namespace {
 constexpr int64_t kMaxHeadDim = 512;
 constexpr int64_t kMaxOffset = int64_t{1} << 60;  // sums of positions and windows stay inside int64
 
-std::string got(int64_t value) {
-  return std::to_string(value);
-}
-
 // query, key and value: dtype, rank and sizes.
 void set_shapes(AttentionProblem& problem, const Tensor& query, const Tensor& key,
                 const Tensor* value) {
@@ -59,20 +55,14 @@ void set_shapes(AttentionProblem& problem, const Tensor& query, const Tensor& ke
   }
 }
 
-// A contiguous int32 or int64 tensor of the given shape.
-IndexArray index_array(AttentionProblem& problem, const char* argument, const Tensor& tensor,
-                       Sizes shape) {
-  const int32_t code = dtype_code(tensor);
-  const bool is_int64 = code == aoti_torch_dtype_int64();
-  if (!is_int64 && code != aoti_torch_dtype_int32()) {
-    fail(argument, "dtype int32 or int64", dtype_text(tensor));
+void check_max_seqlen(const char* argument, int64_t given, int64_t longest) {
+  if (given >= 0 && given < longest) {
+    fail(argument, "at least " + got(longest) + ", the longest sequence in cu_seqlens", got(given));
   }
-  require_shape(argument, tensor, shape);
-  problem.held.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
-  return {problem.held.back().data_ptr(), is_int64};
 }
 
-// cu_seqlens: 0 = cu[0] <= cu[1] <= ... <= rows. Returns the largest difference.
+}  // namespace
+
 int64_t check_cu_seqlens(const char* argument, const IndexArray& cu, int64_t count, int64_t rows) {
   if (index_at(cu, 0) != 0) fail(argument, "0 as the first value", got(index_at(cu, 0)));
   int64_t longest = 0;
@@ -91,39 +81,41 @@ int64_t check_cu_seqlens(const char* argument, const IndexArray& cu, int64_t cou
   return longest;
 }
 
-void check_max_seqlen(const char* argument, int64_t given, int64_t longest) {
-  if (given >= 0 && given < longest) {
-    fail(argument, "at least " + got(longest) + ", the longest sequence in cu_seqlens", got(given));
+void set_packed_queries(AttentionProblem& problem, const AttentionOptions& options) {
+  AttentionParams& p = problem.params;
+  if (options.cu_seqlens_q->dim() != 1 || options.cu_seqlens_q->numel() < 1) {
+    fail("cu_seqlens_q", "shape (sequences + 1,)", shape_text(*options.cu_seqlens_q));
   }
+  p.total_q = p.seqlen_q;
+  p.batch0 = options.cu_seqlens_q->numel() - 1;
+  p.cu_seqlens_q = index_array(problem.held, "cu_seqlens_q", *options.cu_seqlens_q, {p.batch0 + 1});
+  p.seqlen_q = check_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.batch0, p.total_q);
+  check_max_seqlen("max_seqlen_q", options.max_seqlen_q, p.seqlen_q);
 }
+
+namespace {
 
 void set_packed(AttentionProblem& problem, const AttentionOptions& options) {
   if (!problem.packed) return;
   AttentionParams& p = problem.params;
   if (!options.cu_seqlens_q) fail("cu_seqlens_q", "a tensor beside cu_seqlens_k", "None");
   if (!options.cu_seqlens_k) fail("cu_seqlens_k", "a tensor beside cu_seqlens_q", "None");
-  if (options.cu_seqlens_q->dim() != 1 || options.cu_seqlens_q->numel() < 1) {
-    fail("cu_seqlens_q", "shape (sequences + 1,)", shape_text(*options.cu_seqlens_q));
-  }
-  const int64_t entries = options.cu_seqlens_q->numel();
-  p.total_q = p.seqlen_q, p.total_k = p.seqlen_k;
-  p.batch0 = entries - 1;
-  p.cu_seqlens_q = index_array(problem, "cu_seqlens_q", *options.cu_seqlens_q, {entries});
-  p.cu_seqlens_k = index_array(problem, "cu_seqlens_k", *options.cu_seqlens_k, {entries});
-  p.seqlen_q = check_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.batch0, p.total_q);
+  set_packed_queries(problem, options);
+  p.total_k = p.seqlen_k;
+  p.cu_seqlens_k = index_array(problem.held, "cu_seqlens_k", *options.cu_seqlens_k, {p.batch0 + 1});
   p.seqlen_k = check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.batch0, p.total_k);
-  check_max_seqlen("max_seqlen_q", options.max_seqlen_q, p.seqlen_q);
   check_max_seqlen("max_seqlen_k", options.max_seqlen_k, p.seqlen_k);
 }
 
-// query_lengths, key_lengths: one length per sequence, within the sequence.
+}  // namespace
+
 IndexArray sequence_lengths(AttentionProblem& problem, const char* argument,
                             const OptionalTensor& lengths, const IndexArray& cu, int64_t rows) {
   if (!lengths) return {};
   const AttentionParams& p = problem.params;
   const int64_t batch[2] = {p.batch0, p.batch1};
   const IndexArray array =
-      index_array(problem, argument, *lengths, Sizes(batch, problem.batch_dims > 1 ? 2 : 1));
+      index_array(problem.held, argument, *lengths, Sizes(batch, problem.batch_dims > 1 ? 2 : 1));
   for (int64_t b = 0; b < p.batch0 * p.batch1; ++b) {
     const int64_t limit = problem.packed ? index_at(cu, b + 1) - index_at(cu, b) : rows;
     const int64_t length = index_at(array, b);
@@ -133,6 +125,8 @@ IndexArray sequence_lengths(AttentionProblem& problem, const char* argument,
   }
   return array;
 }
+
+namespace {
 
 // A tensor that is read at every score: each dimension is 1 or the full size. In packed form the
 // last two are the largest lengths, and more than that is allowed.
@@ -229,10 +223,7 @@ void set_scalars(AttentionParams& p, const AttentionOptions& options) {
   }
 }
 
-void check_devices(const Tensor& query, const Tensor& key, const Tensor* value,
-                   const AttentionOptions& o) {
-  require_device_of(query, "key", key);
-  if (value) require_device_of(query, "value", *value);
+void check_option_devices(const Tensor& query, const AttentionOptions& o) {
   const std::pair<const char*, const OptionalTensor&> optionals[] = {
       {"mask", o.mask},
       {"bias", o.bias},
@@ -249,17 +240,8 @@ void check_devices(const Tensor& query, const Tensor& key, const Tensor* value,
   }
 }
 
-void check_dtypes(AttentionProblem& problem, const Tensor& query, const Tensor& key,
-                  const Tensor* value, const AttentionOptions& o) {
+void check_option_dtypes(AttentionProblem& problem, const AttentionOptions& o) {
   AttentionParams& p = problem.params;
-  p.dtype = require_float("query", query);
-  const auto require_same = [&](const char* argument, const Tensor& tensor) {
-    if (dtype_code(tensor) != dtype_code(query)) {
-      fail(argument, dtype_text(query) + " like query", dtype_text(tensor));
-    }
-  };
-  require_same("key", key);
-  if (value) require_same("value", *value);
   if (o.mask) {
     require_dtype("mask", *o.mask, aoti_torch_dtype_bool(),
                   "bool (True = attend; an additive mask is passed as bias)");
@@ -272,6 +254,20 @@ void check_dtypes(AttentionProblem& problem, const Tensor& query, const Tensor& 
 }
 
 }  // namespace
+
+void require_like_query(const Tensor& query, const char* argument, const Tensor& tensor) {
+  require_device_of(query, argument, tensor);
+  if (dtype_code(tensor) != dtype_code(query)) {
+    fail(argument, dtype_text(query) + " like query", dtype_text(tensor));
+  }
+}
+
+void set_options(AttentionProblem& problem, const Tensor& query, const AttentionOptions& options) {
+  check_option_devices(query, options);
+  check_option_dtypes(problem, options);
+  set_score_terms(problem, options);
+  set_scalars(problem.params, options);
+}
 
 AttentionOptions pop_options(Stack& stack) {
   AttentionOptions options;
@@ -305,16 +301,16 @@ AttentionProblem make_problem(const Tensor& query, const Tensor& key, const Tens
   AttentionParams& p = problem.params;
   problem.packed = options.cu_seqlens_q || options.cu_seqlens_k;
   problem.bshd = options.bshd;
-  check_devices(query, key, value, options);
-  check_dtypes(problem, query, key, value, options);
+  p.dtype = require_float("query", query);
+  require_like_query(query, "key", key);
+  if (value) require_like_query(query, "value", *value);
   set_shapes(problem, query, key, value);
   set_packed(problem, options);
   p.query_lengths =
       sequence_lengths(problem, "query_lengths", options.query_lengths, p.cu_seqlens_q, p.seqlen_q);
   p.key_lengths =
       sequence_lengths(problem, "key_lengths", options.key_lengths, p.cu_seqlens_k, p.seqlen_k);
-  set_score_terms(problem, options);
-  set_scalars(p, options);
+  set_options(problem, query, options);
   p.query = problem.view<ConstTensor>(query);
   p.key = problem.view<ConstTensor>(key);
   if (value) p.value = problem.view<ConstTensor>(*value);

@@ -89,6 +89,26 @@ struct AttentionProblem {
 AttentionProblem make_problem(const Tensor& query, const Tensor& key, const Tensor* value,
                               const AttentionOptions& options);
 
+// Runs the forward pass of a problem whose outputs it allocates: (out, lse).
+std::pair<Tensor, Tensor> run_attention(AttentionProblem& problem, const Tensor& query);
+
+// Pieces of make_problem that attention over a cache shares.
+
+void require_like_query(const Tensor& query, const char* argument, const Tensor& tensor);
+
+// cu_seqlens: 0 = cu[0] <= cu[1] <= ... <= rows. Returns the largest difference.
+int64_t check_cu_seqlens(const char* argument, const IndexArray& cu, int64_t count, int64_t rows);
+
+// cu_seqlens_q, and what it makes of batch0 and seqlen_q.
+void set_packed_queries(AttentionProblem& problem, const AttentionOptions& options);
+
+// query_lengths, key_lengths: one length per sequence, within the sequence.
+IndexArray sequence_lengths(AttentionProblem& problem, const char* argument,
+                            const OptionalTensor& lengths, const IndexArray& cu, int64_t rows);
+
+// Everything that shapes the scores, and the numbers. Shapes and dtype of the problem are set.
+void set_options(AttentionProblem& problem, const Tensor& query, const AttentionOptions& options);
+
 template <typename View>
 View AttentionProblem::view(const Tensor& tensor) const {
   View view{};

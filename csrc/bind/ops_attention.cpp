@@ -33,14 +33,9 @@ MutableTensor writable(const ConstTensor& tensor) {
   return view;
 }
 
-// attention_forward(query, key, value, OPTIONS) -> (out, lse)
-void attention_forward(Stack& stack) {
-  const auto query = stack.pop<Tensor>();
-  const auto key = stack.pop<Tensor>();
-  const auto value = stack.pop<Tensor>();
-  const AttentionOptions options = pop_options(stack);
+}  // namespace
 
-  AttentionProblem problem = make_problem(query, key, &value, options);
+std::pair<Tensor, Tensor> run_attention(AttentionProblem& problem, const Tensor& query) {
   AttentionParams& p = problem.params;
   Tensor out = problem.empty_in_order_of(query, p.head_dim_v);
   Tensor lse = empty_contiguous(problem.lse_shape(query), dtype_code(problem.real_dtype()), query);
@@ -54,6 +49,19 @@ void attention_forward(Stack& stack) {
     torch::stable::zero_(out);
     torch::stable::fill_(lse, -std::numeric_limits<double>::infinity());
   }
+  return {out, lse};
+}
+
+namespace {
+
+// attention_forward(query, key, value, OPTIONS) -> (out, lse)
+void attention_forward(Stack& stack) {
+  const auto query = stack.pop<Tensor>();
+  const auto key = stack.pop<Tensor>();
+  const auto value = stack.pop<Tensor>();
+  const AttentionOptions options = pop_options(stack);
+  AttentionProblem problem = make_problem(query, key, &value, options);
+  const auto [out, lse] = run_attention(problem, query);
   stack.push(out);
   stack.push(lse);
 }

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "fastattn/params.h"
 
@@ -133,6 +134,23 @@ inline void require_shape(const char* argument, const Tensor& tensor, Sizes shap
   bool same = sizes.size() == shape.size();
   for (size_t i = 0; same && i < shape.size(); ++i) same = sizes[i] == shape[i];
   if (!same) fail(argument, "shape " + text_of(shape), shape_text(tensor));
+}
+
+inline std::string got(int64_t value) {
+  return std::to_string(value);
+}
+
+// An int32 or int64 tensor of the given shape; `held` keeps what it points into.
+inline IndexArray index_array(std::vector<Tensor>& held, const char* argument, const Tensor& tensor,
+                              Sizes shape) {
+  const int32_t code = dtype_code(tensor);
+  const bool is_int64 = code == aoti_torch_dtype_int64();
+  if (!is_int64 && code != aoti_torch_dtype_int32()) {
+    fail(argument, "dtype int32 or int64", dtype_text(tensor));
+  }
+  require_shape(argument, tensor, shape);
+  held.push_back(tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor));
+  return {held.back().data_ptr(), is_int64};
 }
 
 inline Tensor empty_strided(Sizes sizes, Sizes strides, int32_t dtype, const Tensor& like) {

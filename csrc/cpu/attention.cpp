@@ -1,5 +1,6 @@
 // Drivers of the forward pass: which schedule runs, and how its pieces are spread over threads.
 #include <algorithm>
+#include <span>
 
 #include "sequences.h"
 #include "workspace.h"
@@ -15,7 +16,7 @@ struct HeadItem {
   int64_t tiles;
 };
 
-std::vector<HeadItem> head_items(const AttentionParams& p, const std::vector<Sequence>& sequences,
+std::vector<HeadItem> head_items(const AttentionParams& p, std::span<const Sequence> sequences,
                                  const AttentionKernels& kernels) {
   std::vector<HeadItem> items;
   items.reserve(sequences.size() * static_cast<size_t>(p.heads_kv));
@@ -30,7 +31,7 @@ std::vector<HeadItem> head_items(const AttentionParams& p, const std::vector<Seq
 
 int64_t most_blocks(const std::vector<HeadItem>& items) {
   int64_t most = 0;
-  for (const HeadItem& item : items) most = max_of(most, item.blocks.last);
+  for (const HeadItem& item : items) most = max_of(most, item.blocks.last - item.blocks.first);
   return most;
 }
 
@@ -57,7 +58,8 @@ Status forward_private(const AttentionParams& p, const AttentionKernels& kernels
     const HeadItem& item = items[static_cast<size_t>(i)];
     char* packed = workspace.data() + worker_bytes * static_cast<size_t>(worker);
     for (int64_t b = item.blocks.first; b < item.blocks.last; ++b) {
-      kernels.pack_block(p, *item.sequence, item.head_kv, b, packed + block_bytes * b);
+      kernels.pack_block(p, *item.sequence, item.head_kv, b,
+                         packed + block_bytes * (b - item.blocks.first));
     }
     for (int64_t n = 0; n < item.tiles * group; ++n) {
       run_tile(p, kernels, item, n, packed, packed + packed_bytes);
@@ -100,8 +102,9 @@ Status forward_shared(const AttentionParams& p, const AttentionKernels& kernels,
     for_each_item(threads, threads.count, static_cast<int64_t>(blocks.size()),
                   [&](int64_t i, int64_t) {
                     const Piece& piece = blocks[static_cast<size_t>(i)];
+                    const int64_t nth = piece.n - piece.item->blocks.first;
                     kernels.pack_block(p, *piece.item->sequence, piece.item->head_kv, piece.n,
-                                       piece.packed + block_bytes * piece.n);
+                                       piece.packed + block_bytes * nth);
                   });
     for_each_item(threads, threads.count, static_cast<int64_t>(tiles.size()),
                   [&](int64_t i, int64_t worker) {
@@ -113,21 +116,30 @@ Status forward_shared(const AttentionParams& p, const AttentionKernels& kernels,
   return Status::kOk;
 }
 
-// Chunks of the keys of one KV head; partials of all chunks lie side by side.
+// A chunk of the keys of one KV head; partials of all chunks lie side by side.
 struct DecodeItem {
   const Sequence* sequence;
   int64_t head_kv, chunk, num_chunks;
   size_t partial;  // index of this chunk's partial result
 };
 
+// The chunks that hold keys seen by any row; one, with nothing to see, where there are none.
+Range chunks_seen(const AttentionParams& p, const Sequence& s, int64_t chunk) {
+  const Range seen = blocks_seen(p, s, {0, s.len_q}, chunk);
+  return is_empty(seen) ? Range{0, 1} : seen;
+}
+
 Status forward_decode(const AttentionParams& p, const AttentionKernels& kernels,
-                      const std::vector<Sequence>& sequences, const Threads& threads) {
+                      std::span<const Sequence> sequences, const Threads& threads) {
   std::vector<DecodeItem> items, heads;
   for (const Sequence& s : sequences) {
-    const int64_t chunks = max_of<int64_t>(1, ceil_div(s.len_k, kernels.decode_chunk));
+    const Range chunks = chunks_seen(p, s, kernels.decode_chunk);
+    const int64_t count = chunks.last - chunks.first;
     for (int64_t h = 0; h < p.heads_kv; ++h) {
-      heads.push_back({&s, h, 0, chunks, items.size()});
-      for (int64_t c = 0; c < chunks; ++c) items.push_back({&s, h, c, chunks, items.size()});
+      heads.push_back({&s, h, chunks.first, count, items.size()});
+      for (int64_t c = chunks.first; c < chunks.last; ++c) {
+        items.push_back({&s, h, c, count, items.size()});
+      }
     }
   }
   const size_t partial_bytes = kernels.decode_partial_bytes(p);
@@ -158,23 +170,42 @@ Status forward_decode(const AttentionParams& p, const AttentionKernels& kernels,
 }
 
 // Few query rows for every KV head: packing K and V would cost more than it saves.
-bool takes_decode_schedule(const AttentionParams& p, const AttentionKernels& kernels) {
-  const int64_t rows = p.heads_q / p.heads_kv * p.seqlen_q;
+bool takes_decode_schedule(const AttentionParams& p, const AttentionKernels& kernels,
+                           const Sequence& s) {
+  const int64_t rows = p.heads_q / p.heads_kv * s.len_q;
   return !p.batch_invariant && rows <= kernels.decode_max_rows;
+}
+
+// The sequences in the order of the batch, but those that decode first; `last` ends these.
+std::vector<Sequence> decoding_first(const AttentionParams& p, const AttentionKernels& kernels,
+                                     size_t* last) {
+  std::vector<Sequence> sequences = all_sequences(p);
+  const auto end = std::stable_partition(
+      sequences.begin(), sequences.end(),
+      [&](const Sequence& s) { return takes_decode_schedule(p, kernels, s); });
+  *last = static_cast<size_t>(end - sequences.begin());
+  return sequences;
 }
 
 }  // namespace
 
 const char* attention_schedule(const AttentionParams& p) {
-  return takes_decode_schedule(p, attention_kernels(p.dtype)) ? "decode" : "tile";
+  size_t decoding = 0;
+  const size_t all = decoding_first(p, attention_kernels(p.dtype), &decoding).size();
+  return decoding == 0 ? "tile" : decoding == all ? "decode" : "decode and tile";
 }
 
 Status attention_forward(const AttentionParams& p, const Threads& all_threads) {
   const Threads threads = threads_for(p, all_threads);
   const AttentionKernels& kernels = attention_kernels(p.dtype);
-  const std::vector<Sequence> sequences = all_sequences(p);
-  if (takes_decode_schedule(p, kernels)) return forward_decode(p, kernels, sequences, threads);
-  const std::vector<HeadItem> items = head_items(p, sequences, kernels);
+  size_t decoding = 0;
+  const std::vector<Sequence> sequences = decoding_first(p, kernels, &decoding);
+  if (decoding > 0) {
+    const Status status = forward_decode(p, kernels, {sequences.data(), decoding}, threads);
+    if (status != Status::kOk) return status;
+  }
+  const std::span<const Sequence> others{sequences.data() + decoding, sequences.size() - decoding};
+  const std::vector<HeadItem> items = head_items(p, others, kernels);
   if (items.empty()) return Status::kOk;
   const int64_t count = static_cast<int64_t>(items.size());
   return heads_fill_threads(count, threads.count, 0.85)

@@ -8,10 +8,13 @@ namespace fastattn::cpu {
 // One entry of the batch (or one packed sequence).
 struct Sequence {
   int64_t b0, b1, index;     // index = b0 * batch1 + b1
-  int64_t first_q, first_k;  // first row in the packed tensors; 0 when not packed
+  int64_t first_q, first_k;  // where the rows begin in packed tensors, or after the hidden rows of
+                             // a cache; else 0
+  int64_t first_column;      // of mask and bias
   int64_t rows_q, rows_k;    // rows that belong to the sequence
   int64_t len_q, len_k;      // of these, the ones that take part
   int64_t diagonal;          // p_j - p_i = j - i + diagonal
+  int64_t first_seen;        // of the keys, by any row
 };
 
 // Keys [first, last) or query rows [first, last).
@@ -53,6 +56,7 @@ struct AttentionKernels {
   int64_t q_tile, k_block;
   size_t (*packed_block_bytes)(const AttentionParams&);
   size_t (*forward_scratch_bytes)(const AttentionParams&);
+  // packed_blocks begins with the block of Sequence::first_seen.
   void (*pack_block)(const AttentionParams&, const Sequence&, int64_t head_kv, int64_t block,
                      void* packed);
   void (*forward_tile)(const AttentionParams&, const Sequence&, int64_t head, int64_t tile,
@@ -64,6 +68,7 @@ struct AttentionKernels {
   size_t (*decode_scratch_bytes)(const AttentionParams&);
   void (*decode_chunk_partial)(const AttentionParams&, const Sequence&, int64_t head_kv,
                                int64_t chunk, void* partial, void* scratch);
+  // The partials of consecutive chunks.
   void (*decode_merge)(const AttentionParams&, const Sequence&, int64_t head_kv, int64_t num_chunks,
                        void* partials);
 

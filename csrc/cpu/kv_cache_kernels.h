@@ -5,6 +5,11 @@
 
 namespace fastattn::cpu {
 
-struct CacheKernels {};
+struct CacheKernels {
+  size_t (*scratch_bytes)(const CacheUpdateParams&);
+  // Tokens [first, last) in order, heads [first_head, last_head).
+  void (*write_tokens)(const CacheUpdateParams&, int64_t first, int64_t last, int64_t first_head,
+                       int64_t last_head, void* scratch);
+};
 
 }  // namespace fastattn::cpu

@@ -37,6 +37,11 @@ struct VecAvx2 {
     return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
   }
 
+  static VecAvx2 load(const int8_t* p) {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+  }
+
   static VecAvx2 load(const double* p) {
     float narrow[8];
     for (int i = 0; i < 8; ++i) narrow[i] = static_cast<float>(p[i]);
@@ -68,6 +73,13 @@ struct VecAvx2 {
   }
   void store(f16* p) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  void store(int8_t* p) const {
+    const __m256i words = _mm256_cvtps_epi32(v);
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_packs_epi32(words, words), 0x08);
+    const __m128i low = _mm256_castsi256_si128(halves);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, low));
   }
 
   void store_n(float* p, int n) const {
@@ -115,6 +127,20 @@ FA_INLINE float reduce_max(VecAvx2 x) {
   return _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
 }
 
+FA_INLINE VecAvx2 reduce_add_each(const VecAvx2 (&x)[8]) {
+  __m256 pair[4], quad[2];
+  for (int i = 0; i < 4; ++i) {
+    const __m256 a = x[2 * i].v, b = x[2 * i + 1].v;
+    pair[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m256 a = pair[2 * i], b = pair[2 * i + 1];
+    quad[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+  }
+  return {_mm256_add_ps(_mm256_permute2f128_ps(quad[0], quad[1], 0x20),
+                        _mm256_permute2f128_ps(quad[0], quad[1], 0x31))};
+}
+
 FA_INLINE void transpose(VecAvx2 (&x)[8]) {
   __m256 pair[8], quad[8];
   for (int i = 0; i < 8; i += 2) {
@@ -131,6 +157,10 @@ FA_INLINE void transpose(VecAvx2 (&x)[8]) {
     x[i].v = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x20);
     x[i + 4].v = _mm256_permute2f128_ps(quad[i], quad[i + 4], 0x31);
   }
+}
+
+FA_INLINE VecAvx2 swap_pairs(VecAvx2 x) {
+  return {_mm256_permute_ps(x.v, 0xb1)};
 }
 
 FA_INLINE VecAvx2 round_nearest(VecAvx2 x) {

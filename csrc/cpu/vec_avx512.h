@@ -43,6 +43,11 @@ struct VecAvx512 {
     return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
 
+  static VecAvx512 load(const int8_t* p) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
+  }
+
   static VecAvx512 load(const double* p) {
     float narrow[16];
     for (int i = 0; i < 16; ++i) narrow[i] = static_cast<float>(p[i]);
@@ -53,6 +58,11 @@ struct VecAvx512 {
     float narrow[16] = {};
     for (int i = 0; i < n; ++i) narrow[i] = static_cast<float>(p[i]);
     return load(narrow);
+  }
+  static VecAvx512 load_n(const int8_t* p, int n) {
+    int8_t padded[16] = {};
+    for (int i = 0; i < n; ++i) padded[i] = p[i];
+    return load(padded);
   }
   static VecAvx512 load_n(const float* p, int n) {
     return {_mm512_maskz_loadu_ps(first_lanes_avx512(n), p)};
@@ -84,7 +94,15 @@ struct VecAvx512 {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
                         _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+  void store(int8_t* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+  }
 
+  void store_n(int8_t* p, int n) const {
+    int8_t all[16];
+    store(all);
+    for (int i = 0; i < n; ++i) p[i] = all[i];
+  }
   void store_n(float* p, int n) const {
     _mm512_mask_storeu_ps(p, first_lanes_avx512(n), v);
   }
@@ -126,6 +144,24 @@ FA_INLINE float reduce_max(VecAvx512 x) {
   return _mm512_reduce_max_ps(x.v);
 }
 
+FA_INLINE VecAvx512 reduce_add_each(const VecAvx512 (&x)[16]) {
+  __m512 pair[8], quad[4], half[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 a = x[2 * i].v, b = x[2 * i + 1].v;
+    pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512 a = pair[2 * i], b = pair[2 * i + 1];
+    quad[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+  }
+  for (int i = 0; i < 2; ++i) {
+    const __m512 a = quad[2 * i], b = quad[2 * i + 1];
+    half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  }
+  return {_mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88),
+                        _mm512_shuffle_f32x4(half[0], half[1], 0xdd))};
+}
+
 FA_INLINE void transpose(VecAvx512 (&x)[16]) {
   __m512 pair[16], quad[16], half[16];
   for (int i = 0; i < 16; i += 2) {
@@ -151,6 +187,10 @@ FA_INLINE void transpose(VecAvx512 (&x)[16]) {
     x[4 + c].v = _mm512_shuffle_f32x4(half[4 + c], half[12 + c], 0x88);
     x[12 + c].v = _mm512_shuffle_f32x4(half[4 + c], half[12 + c], 0xdd);
   }
+}
+
+FA_INLINE VecAvx512 swap_pairs(VecAvx512 x) {
+  return {_mm512_permute_ps(x.v, 0xb1)};
 }
 
 FA_INLINE VecAvx512 round_nearest(VecAvx512 x) {

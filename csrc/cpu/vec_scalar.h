@@ -45,6 +45,10 @@ FA_INLINE double to_float(double x) {
   return x;
 }
 
+FA_INLINE float to_float(int8_t x) {
+  return x;
+}
+
 FA_INLINE void from_float(float x, float* out) {
   *out = x;
 }
@@ -55,6 +59,17 @@ FA_INLINE void from_float(double x, double* out) {
 
 FA_INLINE void from_float(double x, float* out) {
   *out = static_cast<float>(x);
+}
+
+// |x| <= 127; to nearest, ties to even.
+FA_INLINE void from_float(float x, int8_t* out) {
+  const float magic = 12582912.0f;  // 1.5 * 2^23 leaves no fraction bits
+  *out = static_cast<int8_t>((x + magic) - magic);
+}
+
+FA_INLINE void from_float(double x, int8_t* out) {
+  const double magic = 6755399441055744.0;  // 1.5 * 2^52
+  *out = static_cast<int8_t>((x + magic) - magic);
 }
 
 FA_INLINE void from_float(float x, bf16* out) {
@@ -160,6 +175,12 @@ FA_INLINE R reduce_max(const ScalarVec<R>& x) {
   return max_of(max_of(x.lane[0], x.lane[1]), max_of(x.lane[2], x.lane[3]));
 }
 
+// Lane i is the sum of the lanes of x[i].
+template <typename R>
+FA_INLINE ScalarVec<R> reduce_add_each(const ScalarVec<R> (&x)[4]) {
+  return {{reduce_add(x[0]), reduce_add(x[1]), reduce_add(x[2]), reduce_add(x[3])}};
+}
+
 // x[i] lane j becomes x[j] lane i.
 template <typename R>
 FA_INLINE void transpose(ScalarVec<R> (&x)[4]) {
@@ -170,6 +191,12 @@ FA_INLINE void transpose(ScalarVec<R> (&x)[4]) {
       x[j].lane[i] = t;
     }
   }
+}
+
+// Lanes 2 i and 2 i + 1 exchanged.
+template <typename R>
+FA_INLINE ScalarVec<R> swap_pairs(const ScalarVec<R>& x) {
+  return {{x.lane[1], x.lane[0], x.lane[3], x.lane[2]}};
 }
 
 // 2^n for integral n in [-127, 127]; 0 for n == -127.

@@ -13,18 +13,33 @@ from fastattn.functional.helpers import (
     cu_seqlens_from_position_ids,
     window_from_hf,
 )
+from fastattn.functional.kv_cache import attention_with_cache, kv_cache_update
+from fastattn.functional.rope import (
+    apply_rope,
+    apply_rope_,
+    apply_rope_qk,
+    apply_rope_qk_,
+    rope_tables,
+)
 from fastattn.functional.weights import attention_column_sums, attention_weights
 
 __all__ = [
     "alibi_slopes",
+    "apply_rope",
+    "apply_rope_",
+    "apply_rope_qk",
+    "apply_rope_qk_",
     "attention",
     "attention_column_sums",
     "attention_varlen",
     "attention_weights",
+    "attention_with_cache",
     "cu_seqlens_from_document_ids",
     "cu_seqlens_from_lengths",
     "cu_seqlens_from_position_ids",
+    "kv_cache_update",
     "merge_attention",
+    "rope_tables",
     "scaled_dot_product_attention",
     "window_from_hf",
 ]

@@ -28,8 +28,11 @@ from fastattn.reference.kv_cache import (
     quantize_rows,
 )
 from fastattn.reference.philox import dropout_mask, philox_4x32
+from fastattn.reference.rope import apply_rope, apply_rope_qk
 
 __all__ = [
+    "apply_rope",
+    "apply_rope_qk",
     "attention",
     "attention_column_sums",
     "attention_varlen",

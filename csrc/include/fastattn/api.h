@@ -1,7 +1,9 @@
 // The functions of each backend. They return a status and never throw, exit or print.
 #pragma once
 
+#include "kv_cache_params.h"
 #include "params.h"
+#include "rope_params.h"
 
 namespace fastattn {
 
@@ -33,8 +35,12 @@ const char* level_obstacle(Level level);
 Status attention_forward(const AttentionParams& params, const Threads& threads);
 Status attention_backward(const AttentionGradParams& params, const Threads& threads);
 Status attention_weights(const AttentionWeightsParams& params, const Threads& threads);
+Status kv_cache_update(const CacheUpdateParams& params, const Threads& threads);
 
-// Name of the schedule that attention_forward takes for these params: "tile" or "decode".
+Status rope(const RopeParams& params, const Threads& threads);
+
+// Name of the schedule that attention_forward takes for these params: "tile", "decode", or "decode
+// and tile" where the sequences of a batch differ.
 const char* attention_schedule(const AttentionParams& params);
 
 }  // namespace cpu

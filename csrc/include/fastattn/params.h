@@ -31,6 +31,18 @@ FA_INLINE int64_t index_at(const IndexArray& array, int64_t i) {
                         : static_cast<const int32_t*>(array.data)[i];
 }
 
+// Where a KV cache keeps row j of sequence b; forward only.
+struct CacheView {
+  // Paged: in row j % page_rows of entry block_table[b, j / page_rows] of key and value.
+  IndexArray block_table;  // (batch0, pages_per_sequence), nullable
+  int64_t pages_per_sequence, page_rows;
+  int64_t ring_rows;      // ring buffer: in row j % ring_rows of entry b; 0: none
+  IndexArray key_starts;  // (batch0) rows before it are hidden, nullable
+  ConstTensor
+      key_scale;  // int8: (entries, -, heads_kv, rows, -) float, what a row is multiplied by
+  ConstTensor value_scale;
+};
+
 FA_INLINE int64_t offset_of(const int64_t (&stride)[5], int64_t b0, int64_t b1, int64_t head) {
   return b0 * stride[0] + b1 * stride[1] + head * stride[2];
 }
@@ -48,9 +60,9 @@ constexpr int64_t kUnlimited = -1;
 // Packed sequences: cu_seqlens_* are set, batch0 is the number of sequences and batch1 is 1;
 // stride[0] of query, key, value, out and lse (and of their gradients) is 0 and the rows of
 // sequence b begin at cu_seqlens[b]. seqlen_q and seqlen_k are then the largest lengths. mask and
-// bias keep their batch stride.
+// bias keep their batch stride. With a cache only the queries can be packed.
 struct AttentionParams {
-  DType dtype;       // of query, key, value and out
+  DType dtype;       // of query, key, value and out (an int8 cache: of query and out)
   DType bias_dtype;  // any
   int64_t batch0, batch1, heads_q, heads_kv;
   int64_t seqlen_q, seqlen_k, head_dim, head_dim_v;
@@ -70,6 +82,7 @@ struct AttentionParams {
   IndexArray query_lengths, key_lengths;  // (batch0 * batch1), nullable
   IndexArray cu_seqlens_q, cu_seqlens_k;  // (batch0 + 1), nullable, both or neither
   int64_t total_q, total_k;               // rows of the packed tensors (0 when not packed)
+  CacheView cache;                        // all zero: none
 
   bool top_left;
   bool batch_invariant;  // one schedule for every shape: a row's bits depend on that row alone
