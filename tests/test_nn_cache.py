@@ -5,9 +5,12 @@ import copy
 import hypothesis.strategies as st
 import pytest
 import torch
+from cache_cases import rope_tables
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from torch._dynamo.testing import CompileCounterWithBackend
 
+import fastattn.functional as fa
 from fastattn import reference
 from fastattn.nn import KVCache, OutOfPages, PagedKVCache, SlidingWindowKVCache
 from fastattn.testing import one_thread, randn
@@ -375,3 +378,311 @@ TestContiguous = ContiguousMachine.TestCase
 TestQuantized = QuantizedMachine.TestCase
 TestSlidingWindow = SlidingWindowMachine.TestCase
 TestPaged = PagedMachine.TestCase
+
+
+def tensors(new, *, batch=2, seed=1, layout="bhsd"):
+    """query, key and value."""
+    shapes = ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))
+    drawn = [randn(batch, heads, new, dim, seed=seed + i) for i, (heads, dim) in enumerate(shapes)]
+    return drawn if layout == "bhsd" else [x.transpose(1, 2).contiguous() for x in drawn]
+
+
+def contiguous(batch=2, capacity=32, **options):
+    return KVCache(LAYERS, batch, KV_HEADS, capacity, DIM, **COMMON, **options)
+
+
+def sliding(batch=2, window=6, max_chunk=4, **options):
+    shape = (LAYERS, batch, KV_HEADS, window, DIM)
+    return SlidingWindowKVCache(*shape, **COMMON, max_chunk=max_chunk, **options)
+
+
+def paged(batch=2, capacity=32, page_size=5, **options):
+    shape = (LAYERS, batch, KV_HEADS, capacity, DIM)
+    return PagedKVCache(*shape, **COMMON, page_size=page_size, **options)
+
+
+KINDS = (contiguous, sliding, paged)
+
+
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prompts_are_continued_as_they_are_alone(level, make, side):
+    """Bitwise, with batch_invariant: prompts of 9 and 4 rows, and 5 more of each."""
+    options = {"rope": rope_tables(32, DIM), "batch_invariant": True, "softcap": 3.0}
+    prompts, steps = [9, 4], 5
+    whole = tensors(9 + steps, batch=2)
+    cache, alone = make(), [make(batch=1) for _ in prompts]
+    if side == "left":
+        cache.starts = [9 - n for n in prompts]
+    done = [0, 0]
+    for step in range(steps + 1):
+        new = prompts if step == 0 else [1, 1]
+        parts = [[x[b : b + 1, :, done[b] :][:, :, : new[b]] for x in whole] for b in range(2)]
+        wide = []
+        for pair in zip(*parts):
+            room = torch.full((2, *pair[0].shape[1:2], max(new), pair[0].shape[3]), torch.nan)
+            for b, x in enumerate(pair):
+                at = slice(max(new) - new[b], None) if side == "left" else slice(0, new[b])
+                room[b, :, at] = x[0]
+            wide.append(room)
+        ragged = side == "right" and step == 0
+        more = {"query_lengths": torch.tensor(new)} if ragged else {}
+        for layer in range(LAYERS):
+            out = cache.attend(layer, *wide, **more, **options)
+            for b, one in enumerate(alone):
+                want = one.attend(layer, *parts[b], **options)[0]
+                at = slice(max(new) - new[b], None) if side == "left" else slice(0, new[b])
+                assert torch.equal(out[b, :, at], want), (step, b)
+        cache.advance(torch.tensor(new) if ragged else max(new))
+        for b, one in enumerate(alone):
+            one.advance(new[b])
+        done = [a + b for a, b in zip(done, new)]
+
+
+@pytest.mark.parametrize("make", KINDS)
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_a_prompt_at_once_or_in_parts_gives_the_same(level, make, layout):
+    window = {} if make is sliding else {"window": (6, 0)}
+    q, k, v = tensors(30, layout=layout)
+    whole = (x.transpose(1, 2) if layout == "bshd" else x for x in (q, k, v))
+    want, want_lse = fa.attention(*whole, window=(6, 0), causal=True, return_lse=True)
+    dim = 2 if layout == "bhsd" else 1
+    for sizes in ([30], [13, 17], [1] * 30, [4, 4, 22]):
+        cache = make(layout=layout)
+        outs, lses, first = [], [], 0
+        for size in sizes:
+            part = [x.narrow(dim, first, size) for x in (q, k, v)]
+            out, lse = cache.attend(1, *part, return_lse=True, **window)
+            cache.advance(size)
+            outs.append(out if layout == "bhsd" else out.transpose(1, 2))
+            lses.append(lse)
+            first += size
+        torch.testing.assert_close(torch.cat(outs, 2), want)
+        torch.testing.assert_close(torch.cat(lses, 2), want_lse)
+
+
+def test_a_packed_prompt_longer_than_a_ring(level):
+    counts = [23, 0, 3, 9]
+    whole = tensors(23, batch=4)
+    packed = [
+        torch.cat([x[b, :, :n] for b, n in enumerate(counts)] + [x[0, :, :2]], 1).transpose(0, 1)
+        for x in whole
+    ]
+    bounds = torch.tensor([0, 23, 23, 26, 35], dtype=torch.int32)
+    options = {"rope": rope_tables(32, DIM), "return_lse": True}
+    cache, padded = sliding(batch=4), sliding(batch=4)
+    out, lse = cache.attend(0, *packed, cu_seqlens_q=bounds, **options)
+    lengths = torch.tensor(counts)
+    want, want_lse = padded.attend(0, *whole, query_lengths=lengths, **options)
+    for b, (first, n) in enumerate(zip(bounds.tolist(), counts)):
+        torch.testing.assert_close(out[first : first + n].transpose(0, 1), want[b, :, :n])
+        torch.testing.assert_close(lse[:, first : first + n], want_lse[b, :, :n])
+    assert not out[35:].any() and (lse[:, 35:] == -torch.inf).all()
+    for one in (cache, padded):
+        one.advance(lengths)
+    for b in range(4):
+        for x, y in zip(cache.read(0, b), padded.read(0, b)):
+            torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("make", [contiguous, paged])
+def test_cross_attention_writes_once_and_reads_often(level, make):
+    cache, (_, k, v) = make(), tensors(20)
+    lengths = torch.tensor([20, 11])
+    for layer in range(LAYERS):
+        cache.update(layer, k, v, lengths=lengths)
+    cache.advance(lengths)
+    for new in (1, 7):
+        q = randn(2, HEADS, new, DIM, seed=new)
+        out = cache.attend(1, q, causal=False)
+        torch.testing.assert_close(out, fa.attention(q, k, v, key_lengths=lengths))
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_int8_takes_less_than_a_third_of_float32(make):
+    big = {"capacity": 1024} if make is not sliding else {"window": 1020}
+    assert make(dtype=torch.int8, **big).nbytes < make(dtype=torch.float32, **big).nbytes / 2
+    cache = make()
+    assert cache.nbytes >= sum(x.nbytes for x in (*cache.keys, *cache.values))
+
+
+@pytest.mark.parametrize("make", KINDS)
+def test_one_compiled_step_decodes_to_the_end_and_allocates_no_cache(make):
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    rope = rope_tables(32, DIM)
+    cache, eager = make(), make()
+
+    def step(cache, q, k, v):
+        x = q
+        for layer in range(LAYERS):
+            x = cache.attend(layer, q + layer, k, v, rope=rope)
+        return x * 2
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    addresses = [x.data_ptr() for x in (*cache.keys, *cache.values, cache.lengths)]
+    for n in range(30):
+        inputs = tensors(1, seed=n)
+        if make is paged:
+            cache.reserve(1)
+        assert torch.equal(compiled(cache, *inputs), step(eager, *inputs))
+        cache.advance(1)
+        eager.advance(1)
+    assert counter.frame_count == 1
+    assert addresses == [x.data_ptr() for x in (*cache.keys, *cache.values, cache.lengths)]
+    for x, y in zip(cache.read(1, 1), eager.read(1, 1)):
+        assert torch.equal(x, y)
+
+
+def test_a_compiled_step_may_advance_by_itself():
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    cache = contiguous()
+
+    def step(q, k, v):
+        out = cache.attend(0, q, k, v)
+        cache.advance(1)
+        return out
+
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    for n in range(32):
+        compiled(*tensors(1, seed=n))
+    assert cache.lengths.tolist() == [32, 32]
+    assert counter.frame_count == 1
+
+
+def test_beams_share_pages_until_they_part():
+    cache = paged(batch=4, page_size=4)
+    counts = torch.tensor([9, 0, 0, 0])
+    for layer in range(LAYERS):
+        cache.attend(layer, *tensors(9, batch=4), query_lengths=counts)
+    cache.advance(counts)
+    cache.fork(0, [1, 2, 3])
+    assert cache.pages - cache.free_pages == 3
+    for step in range(3):  # rows 9 to 11, all in the third page of each beam
+        for layer in range(LAYERS):
+            cache.attend(layer, *tensors(1, batch=4, seed=step))
+        cache.advance(1)
+        assert cache.pages - cache.free_pages == 2 + 4
+    cache.reorder([2, 2, 2, 2])
+    assert cache.pages - cache.free_pages == 3
+    cache.crop(8)
+    assert cache.pages - cache.free_pages == 2
+    cache.free([0, 1, 2])
+    assert cache.pages - cache.free_pages == 2
+    cache.free(3)
+    assert cache.free_pages == cache.pages
+
+
+def test_out_of_pages_says_so_and_changes_nothing():
+    cache = paged(pages=5, page_size=4)
+    cache.attend(0, *tensors(8))
+    cache.advance(8)
+    before = copy.deepcopy(cache.__dict__)
+    with pytest.raises(OutOfPages, match=r"at most 1 free pages, got 2.* 5 pages"):
+        cache.attend(0, *tensors(1))
+    for name, x in cache.__dict__.items():
+        if isinstance(x, list) and x and isinstance(x[0], torch.Tensor):
+            for a, b in zip(x, before[name]):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        elif isinstance(x, torch.Tensor):
+            assert torch.equal(x, before[name])
+        else:
+            assert x == before[name], name
+    cache.grow(6)
+    cache.attend(0, *tensors(1))
+
+
+def test_what_was_not_reserved_cannot_be_written():
+    cache = paged()
+    cache.attend(0, *tensors(5))
+    cache.advance(5)
+    with pytest.raises(ValueError, match="block_table"):
+        fa.kv_cache_update(
+            *(cache.keys[0], cache.values[0], *tensors(1)[1:], cache.lengths),
+            block_table=cache.block_table,
+        )
+    with pytest.raises(ValueError, match="rows"):
+        cache.advance(1)
+
+
+def test_a_deep_copy_is_independent():
+    for make in KINDS:
+        cache = make()
+        cache.attend(0, *tensors(3))
+        cache.advance(3)
+        other = copy.deepcopy(cache)
+        other.attend(0, *tensors(3, seed=9))
+        other.advance(3)
+        other.crop(1)
+        assert cache.lengths.tolist() == [3, 3]
+        assert torch.equal(cache.read(0, 1)[0], tensors(3)[1][1])
+
+
+WRONG = [
+    (lambda: contiguous(capacity=0), ValueError, "capacity"),
+    (lambda: contiguous(capacity=2.0), TypeError, "capacity"),
+    (lambda: contiguous(batch=True), TypeError, "batch"),
+    (lambda: contiguous(dtype=torch.int16), TypeError, "dtype"),
+    (lambda: contiguous(layout="sbhd"), ValueError, "layout"),
+    (lambda: sliding(window=-1), ValueError, "window"),
+    (lambda: sliding(max_chunk=0), ValueError, "max_chunk"),
+    (lambda: paged(page_size=0), ValueError, "page_size"),
+    (lambda: paged(pages=0), ValueError, "pages"),
+    (lambda: contiguous().advance(-1), ValueError, "rows"),
+    (lambda: contiguous().advance(1.0), TypeError, "rows"),
+    (lambda: contiguous().advance(33), ValueError, "rows"),
+    (lambda: contiguous().advance(torch.tensor([1, 2, 3])), ValueError, "rows"),
+    (lambda: contiguous().advance(torch.tensor([-1, 2])), ValueError, "rows"),
+    (lambda: contiguous().crop(-1), ValueError, "lengths"),
+    (lambda: contiguous().crop([1.5, 2.0]), TypeError, "lengths"),
+    (lambda: contiguous().reorder([0]), ValueError, "indices"),
+    (lambda: contiguous().reorder([0, 2]), ValueError, "indices"),
+    (lambda: contiguous().reorder([0, -1]), ValueError, "indices"),
+    (lambda: contiguous().select(torch.tensor([True, False])), TypeError, "indices"),
+    (lambda: contiguous().select([[0, 1]]), ValueError, "indices"),
+    (lambda: contiguous().free(2), ValueError, "requests"),
+    (lambda: contiguous().grow(31), ValueError, "capacity"),
+    (lambda: setattr(contiguous(), "starts", [1]), ValueError, "starts"),
+    (lambda: setattr(contiguous(), "starts", [0, -1]), ValueError, "starts"),
+    (lambda: contiguous().read(0, 2), ValueError, "request"),
+    (lambda: contiguous().attend(0, *tensors(33)), ValueError, "cache_lengths"),
+    (lambda: contiguous().attend(0, *tensors(1), dropout_p=0.1), TypeError, ".*dropout_p"),
+    (lambda: sliding().attend(0, *tensors(1), window=(3, 0)), ValueError, "window"),
+    (lambda: sliding().attend(0, *tensors(1), causal=False), ValueError, "causal"),
+    (lambda: sliding().attend(0, *tensors(1), bias=torch.zeros(1)), ValueError, "bias"),
+    (lambda: sliding().attend(0, tensors(5)[0]), ValueError, "query"),
+    (
+        lambda: sliding().attend(0, *tensors(9), query_lengths=torch.tensor([10, 1])),
+        ValueError,
+        "query_lengths",
+    ),
+    (lambda: paged().reserve(36), ValueError, "rows"),
+    (lambda: paged().reserve([1, -1]), ValueError, "rows"),
+    (lambda: paged().grow(1), ValueError, "pages"),
+    (lambda: paged().fork(0, 0, 1), ValueError, "length"),
+    (lambda: paged().fork(0, [1, 1]), ValueError, "targets"),
+    (lambda: paged().fork(5, 1), ValueError, "source"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(WRONG)))
+def test_wrong_arguments_raise_by_name(number):
+    call, error, name = WRONG[number]
+    with pytest.raises(error, match=rf"^({name})\b"):
+        call()
+
+
+def test_a_ring_refuses_to_go_back_behind_what_it_holds():
+    cache = sliding(window=6, max_chunk=4)
+    cache.attend(0, *tensors(20))
+    with pytest.raises(ValueError, match=r"rows.*no longer holds"):
+        cache.advance(10)
+    cache.advance(20)
+    for length, allowed in ((15, False), (16, True)):
+        if allowed:
+            cache.crop(length)
+        else:
+            with pytest.raises(ValueError, match=r"lengths.*no longer holds"):
+                cache.crop(length)
+    assert cache.lengths.tolist() == [16, 16]

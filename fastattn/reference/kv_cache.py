@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastattn.reference.attention import Window, attention
+from fastattn.reference.rope import apply_rope
 
 __all__ = ["attention_with_cache", "cached_rows", "kv_cache_update", "quantize_rows"]
 
@@ -65,8 +66,8 @@ def kv_cache_update(
         turn_by = at if rope_positions is None else rope_positions.reshape(-1)
         if ((turn_by < 0) | (turn_by >= rope[0].shape[0]))[written].any():
             raise ValueError(f"rope: expected positions below {rope[0].shape[0]}")
-        turned = rotate(rows[0].transpose(0, 1), turn_by, rope, interleaved)
-        rows[0] = turned.transpose(0, 1)
+        turn_by = turn_by.clamp(0, rope[0].shape[0] - 1)  # of rows that are not written
+        rows[0] = _rotate(rows[0], turn_by, rope, interleaved, "bshd")
     for store, scale, new in zip(stores, (k_scale, v_scale), rows):
         if scale is not None:
             new, new_scale = quantize_rows(new)
@@ -111,15 +112,14 @@ def attention_with_cache(
     Request b has cache_lengths[b] rows; those of key and value, if given, are first written after
     them: as many as the request has queries. Of the then ``total`` rows, row j stands at position
     j, is seen from key_starts[b] on, and query i of n stands at total - n + i. ``rope`` rotates
-    query and key by their positions, counted from key_starts.
+    query and key by their positions, which count from key_starts, and are 0 before it.
 
     query is (batch, heads, queries, head_dim) with query_lengths (batch), or (tokens, heads,
     head_dim) with cu_seqlens_q. mask and bias broadcast to (batch, heads, queries, columns), with
-    a column for each row that a request has room for; in a ring, column c is position p with
-    p % capacity == c. The other options are those of ``attention``; out and lse have its shapes,
-    0 and -inf for queries that do not exist.
+    a column for each row that a request has room for; a ring takes neither, and a window with left
+    + queries <= capacity. The other options are those of ``attention``; out and lse have its
+    shapes, 0 and -inf for queries that do not exist.
     """
-    packed = cu_seqlens_q is not None
     queries = _queries(query, query_lengths, cu_seqlens_q, layout)
     batch = len(queries)
     before = torch.as_tensor(cache_lengths).expand(batch).tolist()
@@ -127,10 +127,7 @@ def attention_with_cache(
     totals = before
     if key is not None:
         assert value is not None
-        new = [q.shape[1] for q in queries]
-        if not packed and query_lengths is None:
-            new = [_by_row(key, layout).shape[1]] * batch
-        totals = [a + b for a, b in zip(before, new)]
+        totals = [n + q.shape[1] for n, q in zip(before, queries)]
         kv_cache_update(
             *(k_cache, v_cache, key, value, torch.tensor(before, dtype=torch.int64)),
             block_table=block_table,
@@ -156,6 +153,8 @@ def attention_with_cache(
             raise ValueError(
                 f"window: expected left + {longest} queries <= {capacity}, got {window}"
             )
+        if mask is not None or bias is not None:
+            raise ValueError("mask, bias: expected None beside a ring")
     elif max(totals, default=0) > capacity:
         raise ValueError(f"cache_lengths: expected at most {capacity} rows, got {max(totals)}")
     parts = []
@@ -163,10 +162,13 @@ def attention_with_cache(
         at = torch.arange(max(total - capacity, 0) if ring else 0, total)
         first_query = total - q.shape[1]
         if rope is not None:
-            turn_by = (torch.arange(first_query, total) - start).clamp(min=0)
-            q = rotate(q, turn_by, rope, interleaved).to(q.dtype)
-        columns = at % capacity if capacity else at
-        visible = _part(mask, b, q.shape[1], columns)
+            turn_by = torch.arange(first_query, total) - start
+            if key_starts is not None:
+                turn_by = turn_by.clamp(min=0)
+            if (turn_by < 0).any():
+                raise ValueError("cache_lengths: expected queries at positions >= 0")
+            q = _rotate(q, turn_by, rope, interleaved, "bhsd").to(q.dtype)
+        visible = _part(mask, b, q.shape[1], at)
         seen = at >= start
         parts.append(
             attention(
@@ -178,7 +180,7 @@ def attention_with_cache(
                 causal=causal,
                 window=window,
                 mask=seen if visible is None else seen & visible,
-                bias=_part(bias, b, q.shape[1], columns),
+                bias=_part(bias, b, q.shape[1], at),
                 alibi_slopes=alibi_slopes[b] if _dims(alibi_slopes) == 2 else alibi_slopes,  # type: ignore[index]
                 sink=sink,
                 softcap=softcap,
@@ -226,28 +228,11 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return numbers.round().to(torch.int8), scale
 
 
-def rotate(x: Tensor, positions: Tensor, rope: Rope, interleaved: bool) -> Tensor:
-    """x (.., rows, head_dim) turned by the angles of its rows' positions, in float32 or wider.
-
-        x_a, x_b = x_a * cos - x_b * sin,  x_b * cos + x_a * sin
-
-    for the pairs (a, b) = (i, i + rotary_dim / 2), or (2 i, 2 i + 1) when interleaved; what lies
-    behind rotary_dim stays. Positions outside of the table leave the row undefined.
-    """
+def _rotate(x: Tensor, positions: Tensor, rope: Rope, interleaved: bool, layout: str) -> Tensor:
+    """x turned by its positions, and not yet rounded to its dtype."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    index = positions.to(torch.int64).clamp(0, rope[0].shape[0] - 1)
-    cos, sin = (table.to(wide)[index] for table in rope)
-    half = cos.shape[-1]
-    turned = x.to(wide).clone()
-    first, second = (
-        (turned[..., 0 : 2 * half : 2], turned[..., 1 : 2 * half : 2])
-        if interleaved
-        else (turned[..., :half], turned[..., half : 2 * half])
-    )
-    a, b = first * cos - second * sin, second * cos + first * sin
-    first.copy_(a)
-    second.copy_(b)
-    return turned
+    options: dict[str, Any] = {"interleaved": interleaved, "layout": layout}
+    return apply_rope(x.to(wide), *rope, positions=positions, **options)
 
 
 def _places(
@@ -277,21 +262,23 @@ def _row_positions(
 ) -> tuple[Tensor, Tensor]:
     """The request and the position of each row of key; negative: not written."""
     given = torch.as_tensor(positions).to(torch.int64)
-    if given.dim() < 2 and (key.dim() == 4 or cu_seqlens is not None) and (given < 0).any():
-        raise ValueError("positions: expected first positions >= 0")
     if key.dim() == 3 and cu_seqlens is None:
         return given // size, torch.where(given < 0, -1, given % size)
     if key.dim() == 3:
         assert cu_seqlens is not None
         request, index = _packed_rows(key.shape[0], cu_seqlens)
-        at = (given.expand(cu_seqlens.shape[0] - 1)[request] + index).where(request >= 0, -1)
+        at = given.expand(cu_seqlens.shape[0] - 1)[request] + index
     else:
         batch, new = _by_row(key, layout).shape[:2]
         index = torch.arange(new).expand(batch, new)
         request = torch.arange(batch).unsqueeze(-1).expand(batch, new)
         at = given if given.dim() == 2 else given.expand(batch).unsqueeze(-1) + index
+    counted = request >= 0
     if lengths is not None:
-        at = torch.where(index < lengths.to(torch.int64)[request], at, -1)
+        counted &= index < lengths.to(torch.int64)[request]
+    if given.dim() < 2 and (at[counted] < 0).any():
+        raise ValueError("positions: expected first positions >= 0")
+    at = torch.where(counted, at, -1)
     return request.flatten(), at.flatten()
 
 

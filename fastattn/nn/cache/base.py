@@ -123,7 +123,11 @@ class BaseCache:
         """
         self._prepare(self._new_rows(key, lengths, cu_seqlens))
         functional.kv_cache_update(
-            *(self.keys[layer], self.values[layer], key, value, self.lengths),
+            self.keys[layer],
+            self.values[layer],
+            key,
+            value,
+            self.lengths,
             rope=rope,
             interleaved=interleaved,
             lengths=lengths,
@@ -241,7 +245,9 @@ class BaseCache:
         **options: Any,
     ) -> Any:
         results = functional.attention_with_cache(
-            *(query, self.keys[layer], self.values[layer]),
+            query,
+            self.keys[layer],
+            self.values[layer],
             cache_lengths=cache_lengths,
             key=key,
             value=value,
