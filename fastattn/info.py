@@ -141,11 +141,14 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explan
     if schedule == "none":
         reasons.append("no kernel: a dimension is 0, so the results are 0 and -inf")
     else:
-        reason, other, not_other = _SCHEDULES[schedule]
-        if schedule == "tile" and options.get("batch_invariant"):
-            not_other = "batch_invariant keeps one schedule for every shape"
-        reasons.append(f"schedule {schedule}: {reason}")
-        rejected[other] = not_other
+        taken = schedule.split(" and ")
+        for name in taken:
+            reason, other, not_other = _SCHEDULES[name]
+            if name == "tile" and options.get("batch_invariant"):
+                not_other = "batch_invariant keeps one schedule for every shape"
+            reasons.append(f"schedule {name}: {reason}")
+            if other not in taken:
+                rejected[other] = not_other
     if dtype != query.dtype:
         reasons.append(f"autocast: {query.dtype} inputs are cast to {dtype}")
     rejected["cuda"] = "the tensors are on the CPU" if _C.built_with_cuda else _NO_CUDA
@@ -153,7 +156,8 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explan
     return Explanation(kernel, tuple(reasons), rejected)
 
 
-# Each schedule: when it runs, the other one, and why that does not run.
+# Each schedule: when it runs, the other one, and why that does not run. Each sequence of a batch
+# takes the one that suits its query length.
 _SCHEDULES = {
     "tile": (
         "keys and values are packed once and shared by tiles of query rows",
