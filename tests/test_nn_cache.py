@@ -365,8 +365,8 @@ class PagedMachine(CacheMachine):
 
 
 QUICK = settings(
-    max_examples=25,
-    stateful_step_count=20,
+    max_examples=40,
+    stateful_step_count=25,
     deadline=None,
     derandomize=True,
     database=None,

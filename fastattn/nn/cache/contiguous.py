@@ -164,11 +164,12 @@ class SlidingWindowKVCache(ContiguousCache):
     The others are those of :class:`KVCache`. mask and bias have no columns here that could be told
     apart: hide what is padding by ``starts`` or ``query_lengths``.
 
+    >>> from fastattn.functional import attention
     >>> cache = SlidingWindowKVCache(1, batch=1, kv_heads=2, window=3, head_dim=8, max_chunk=4)
     >>> q, k, v = torch.randn(3, 1, 2, 10, 8)
     >>> out = cache.attend(0, q, k, v)
     >>> cache.advance(10)
-    >>> whole = fastattn.functional.attention(q, k, v, window=(3, 0))
+    >>> whole = attention(q, k, v, window=(3, 0))
     >>> torch.testing.assert_close(out, whole)
     >>> cache.capacity, cache.lengths
     (7, tensor([10], dtype=torch.int32))
