@@ -4,11 +4,11 @@ import os
 
 import torch  # noqa: F401  (loads the libraries that the extension is linked to)
 
-from fastattn import _C, functional
+from fastattn import _C, functional, nn
 from fastattn._version import __version__
 from fastattn.info import explain, info
 
-__all__ = ["__version__", "explain", "functional", "info"]
+__all__ = ["__version__", "explain", "functional", "info", "nn"]
 
 
 def _check_environment() -> None:

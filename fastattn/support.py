@@ -55,6 +55,8 @@ _FUNCTIONS = {
     "merge_attention": "yes, of any order",
     "attention_weights": "none",
     "attention_column_sums": "none",
+    "kv_cache_update": "none",
+    "attention_with_cache": "none",
 }
 
 Inputs = dict[str, Tensor]

@@ -13,9 +13,12 @@ from fastattn.support import support
 MODULES = (
     "fastattn.functional.attention",
     "fastattn.functional.helpers",
+    "fastattn.functional.kv_cache",
     "fastattn.functional.rope",
     "fastattn.functional.weights",
     "fastattn.info",
+    "fastattn.nn.cache.contiguous",
+    "fastattn.nn.cache.paged",
     "fastattn.support",
 )
 

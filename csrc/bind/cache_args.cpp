@@ -107,7 +107,9 @@ CacheToken place(const CacheStorage& storage, const RotaryTables& tables, const 
   token.batch = rows.packed ? 0 : b;
   token.row = rows.packed ? index_at(rows.cu_seqlens, b) + row : row;
   token.position = position;
-  if (rows.key_starts.data != nullptr) token.position -= index_at(rows.key_starts, b);
+  if (rows.key_starts.data != nullptr) {  // padding before the start is seen by none
+    token.position = max_of<int64_t>(position - index_at(rows.key_starts, b), 0);
+  }
   if (tables.present()) check_table_position(tables, rows.argument, token.position);
   storage.locate(b, position, &token);
   return token;

@@ -107,13 +107,15 @@ void CachedAttention::set_lengths(const Tensor& cache_lengths) {
 void CachedAttention::set_starts(const OptionalTensor& key_starts) {
   if (!key_starts) return;
   require_device_of(query_, "key_starts", *key_starts);
-  starts_ = index_array(problem_.held, "key_starts", *key_starts, {p_.batch0});
+  const IndexArray given = index_array(problem_.held, "key_starts", *key_starts, {p_.batch0});
+  first_keys_ = lengths_;
   for (int64_t b = 0; b < p_.batch0; ++b) {
-    const int64_t start = index_at(starts_, b), length = lengths_[static_cast<size_t>(b)];
-    if (start < 0 || start > length) {
-      fail("key_starts", "values from 0 to " + got(length), got(start) + " for sequence " + got(b));
-    }
+    const int64_t start = index_at(given, b);
+    if (start < 0) fail("key_starts", "values >= 0", got(start) + " for sequence " + got(b));
+    int64_t& first = first_keys_[static_cast<size_t>(b)];
+    first = min_of(first, start);  // of a prompt in chunks, the first may be nothing but padding
   }
+  starts_ = {first_keys_.data(), true};
 }
 
 // What attention over a cache does not offer.
@@ -164,12 +166,14 @@ void CachedAttention::place_queries() {
   query_positions_.assign(static_cast<size_t>(problem_.packed ? rows : p_.batch0 * rows), 0);
   for (int64_t b = 0; b < p_.batch0; ++b) {
     const int64_t count = queries_of(b);
-    int64_t position = lengths_[static_cast<size_t>(b)] - count;
-    if (starts_.data != nullptr) position -= index_at(starts_, b);
+    const bool padded = starts_.data != nullptr;
+    const int64_t start = padded ? index_at(starts_, b) : 0;
+    const int64_t first_position = lengths_[static_cast<size_t>(b)] - count - start;
     const int64_t first = problem_.packed ? index_at(p_.cu_seqlens_q, b) : b * rows;
     for (int64_t i = 0; i < count; ++i) {
-      check_table_position(tables_, "cache_lengths", position + i);
-      query_positions_[static_cast<size_t>(first + i)] = position + i;
+      const int64_t position = max_of(first_position + i, padded ? 0 : first_position);
+      check_table_position(tables_, "cache_lengths", position);
+      query_positions_[static_cast<size_t>(first + i)] = position;
     }
   }
 }

@@ -43,6 +43,7 @@ class CachedAttention {
   CacheStorage storage_;
   IndexArray old_lengths_{}, starts_{};
   std::vector<int64_t> lengths_;          // with the new rows
+  std::vector<int64_t> first_keys_;       // what starts_ refers to: at most lengths_
   std::vector<int64_t> query_positions_;  // of every row of query in the tables
   NewRows new_rows_;
 };

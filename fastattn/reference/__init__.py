@@ -21,6 +21,12 @@ from fastattn.reference.attention import (
     sequences,
     visibility,
 )
+from fastattn.reference.kv_cache import (
+    attention_with_cache,
+    cached_rows,
+    kv_cache_update,
+    quantize_rows,
+)
 from fastattn.reference.philox import dropout_mask, philox_4x32
 from fastattn.reference.rope import apply_rope, apply_rope_qk
 
@@ -31,9 +37,13 @@ __all__ = [
     "attention_column_sums",
     "attention_varlen",
     "attention_weights",
+    "attention_with_cache",
+    "cached_rows",
     "dropout_mask",
+    "kv_cache_update",
     "merge_attention",
     "philox_4x32",
+    "quantize_rows",
     "relative_positions",
     "scaled_dot_product_attention",
     "sequences",
