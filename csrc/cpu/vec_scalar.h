@@ -123,6 +123,20 @@ struct ScalarVec {
   void store_n(T* p, int n) const {
     for (int i = 0; i < n; ++i) from_float(lane[i], p + i);
   }
+  // store, past the cache where the level can; p is aligned to the vec. finish_stream makes what
+  // this thread has streamed visible to others.
+  template <typename T>
+  void stream(T* p) const {
+    store(p);
+  }
+  static void finish_stream() {}
+  // What a store to T and a load would give.
+  template <typename T>
+  ScalarVec rounded() const {
+    T stored[kWidth];
+    store(stored);
+    return load(stored);
+  }
 };
 
 #define FA_SCALAR_BINARY(name, expression)                                    \

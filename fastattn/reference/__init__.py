@@ -21,17 +21,29 @@ from fastattn.reference.attention import (
     sequences,
     visibility,
 )
+from fastattn.reference.norm import (
+    add_layer_norm,
+    add_rms_norm,
+    layer_norm,
+    qk_rms_norm,
+    rms_norm,
+)
 from fastattn.reference.philox import dropout_mask, philox_4x32
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "attention_column_sums",
     "attention_varlen",
     "attention_weights",
     "dropout_mask",
+    "layer_norm",
     "merge_attention",
     "philox_4x32",
+    "qk_rms_norm",
     "relative_positions",
+    "rms_norm",
     "scaled_dot_product_attention",
     "sequences",
     "visibility",

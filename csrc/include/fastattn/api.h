@@ -1,6 +1,7 @@
 // The functions of each backend. They return a status and never throw, exit or print.
 #pragma once
 
+#include "norm_params.h"
 #include "params.h"
 
 namespace fastattn {
@@ -36,6 +37,9 @@ Status attention_weights(const AttentionWeightsParams& params, const Threads& th
 
 // Name of the schedule that attention_forward takes for these params: "tile" or "decode".
 const char* attention_schedule(const AttentionParams& params);
+
+Status norm_forward(const NormParams& params, const Threads& threads);
+Status norm_backward(const NormGradParams& params, const Threads& threads);
 
 }  // namespace cpu
 }  // namespace fastattn
