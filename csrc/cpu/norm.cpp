@@ -105,7 +105,8 @@ Status norm_forward(const NormParams& p, const Threads& threads) {
   const Parameters parameters(p, kernels, workspace.data());
   char* scratch = workspace.data() + parameter_bytes;
 
-  const bool stream = bytes / 2 > static_cast<double>(last_level_cache());
+  // Where the tensors of the call would drive each other from the cache anyway.
+  const bool stream = bytes > 0.5 * static_cast<double>(last_level_cache());
   const auto run = p.out_dtype == p.dtype ? kernels.forward : kernels.forward_wide;
   const int64_t items = item_count(bytes, p.shape.rows);
   for_each_item(threads, workers, items, [&](int64_t item, int64_t worker) {

@@ -21,7 +21,7 @@ struct NormKernels {
 
   size_t (*forward_scratch_bytes)(const NormParams&);
   void (*forward)(const NormParams&, const NormSlice&);
-  void (*forward_wide)(const NormParams&, const NormSlice&);  // normalised is float32
+  void (*forward_wide)(const NormParams&, const NormSlice&);  // kRmsLlama; normalised is float32
 
   size_t (*backward_scratch_bytes)(const NormGradParams&);
   // dweight_sum and dbias_sum: (width) reals, overwritten with the sums over the slice, nullable.

@@ -17,6 +17,7 @@ struct VecAvx2 {
   using Real = float;
   static constexpr int kWidth = 8;
   static constexpr int kTileRows = 6, kTileVecs = 2;  // 12 + 2 + 1 of 16 registers
+  static constexpr bool kStreams = true;
   __m256 v;
 
   static VecAvx2 broadcast(float x) {

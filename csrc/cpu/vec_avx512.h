@@ -21,6 +21,7 @@ struct VecAvx512 {
   using Real = float;
   static constexpr int kWidth = 16;
   static constexpr int kTileRows = 12, kTileVecs = 2;  // 24 + 2 + 1 of 32 registers
+  static constexpr bool kStreams = true;
   __m512 v;
 
   static VecAvx512 broadcast(float x) {

@@ -95,6 +95,7 @@ struct ScalarVec {
   // Register tile of a product: rows x vecs accumulators, one row of B and one broadcast must fit
   // the registers.
   static constexpr int kTileRows = 4, kTileVecs = 2;
+  static constexpr bool kStreams = false;  // whether stream differs from store
   R lane[kWidth];
 
   static ScalarVec broadcast(R x) {
