@@ -42,8 +42,8 @@ def support() -> str:
         "|---|---|---|---|",
         *(f"| `{name}` | yes | {gradient} | no |" for name, gradient in _FUNCTIONS.items()),
         "",
-        "Second derivatives and forward-mode derivatives of attention raise. Every CPU level has",
-        "all of this (float64 runs on `scalar`); there are no CUDA kernels in this version.",
+        "Second derivatives and forward-mode derivatives of attention and norms raise. Every CPU",
+        "level has all of this (float64 runs on `scalar`); there are no CUDA kernels in this version.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -55,6 +55,11 @@ _FUNCTIONS = {
     "merge_attention": "yes, of any order",
     "attention_weights": "none",
     "attention_column_sums": "none",
+    "layer_norm": "yes",
+    "rms_norm": "yes",
+    "add_layer_norm": "yes",
+    "add_rms_norm": "yes",
+    "qk_rms_norm": "yes",
 }
 
 Inputs = dict[str, Tensor]

@@ -13,6 +13,7 @@ from fastattn.support import support
 MODULES = (
     "fastattn.functional.attention",
     "fastattn.functional.helpers",
+    "fastattn.functional.norm",
     "fastattn.functional.weights",
     "fastattn.info",
     "fastattn.support",

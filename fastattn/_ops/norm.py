@@ -183,9 +183,16 @@ def add_norm(
 
 
 def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, dims, kind, eps, dropout_p = inputs
+    if isinstance(eps, int | float):
+        # torch.compile(dynamic=True) makes a symbol of a default argument, and fails when a second
+        # autograd.Function takes the same one.
+        eps = float(eps)
     transformed = torch._C._are_functorch_transforms_active()
     function = _TransformedNorm if transformed else _Norm
-    results: tuple[Tensor, Tensor, Tensor] = checked(function.apply, *inputs, names=_NAMES)
+    results: tuple[Tensor, Tensor, Tensor] = checked(
+        function.apply, *tensors, dims, kind, eps, dropout_p, names=_NAMES
+    )
     return results
 
 
@@ -211,7 +218,7 @@ def _rows_in_order_of(
     strides, stride = [0] * len(sizes), 1
     for d in (*reversed(range(len(order), len(sizes))), *reversed(order)):
         strides[d] = stride
-        stride = stride * torch.sym_max(sizes[d], 1)
+        stride = stride * max(sizes[d], 1)
     return like.new_empty_strided(sizes, strides, dtype=dtype or like.dtype)
 
 

@@ -245,22 +245,26 @@ def qk_rms_norm(
     >>> torch.testing.assert_close(normalised_k, rms_norm(k, 16, weight, 1e-6))
     """
     kind = _kind(casting)
-    results = []
-    for name, x, weight in (("query", query, query_weight), ("key", key, key_weight)):
-        _arguments.require_tensors(**{name: x})
-        if weight is not None:
-            _arguments.require_tensors(**{f"{name}_weight": weight})
-        if x.dim() < 1:
-            raise ValueError(f"{name}: expected at least 1 dimension, got shape ()")
-        try:
-            results.append(_ops.norm(x, weight, None, 1, kind, eps))
-        except (TypeError, ValueError) as error:
-            argument, colon, rest = str(error).partition(":")
-            renamed = {"input": name, "weight": f"{name}_weight"}.get(argument)
-            if colon and renamed:
-                raise type(error)(f"{renamed}:{rest}") from None
-            raise
-    return results[0], results[1]
+    return (
+        _head_norm("query", query, query_weight, kind, eps),
+        _head_norm("key", key, key_weight, kind, eps),
+    )
+
+
+def _head_norm(name: str, x: Tensor, weight: Tensor | None, kind: int, eps: float) -> Tensor:
+    _arguments.require_tensors(**{name: x})
+    if weight is not None:
+        _arguments.require_tensors(**{f"{name}_weight": weight})
+    if x.dim() < 1:
+        raise ValueError(f"{name}: expected at least 1 dimension, got shape ()")
+    try:
+        return _ops.norm(x, weight, None, 1, kind, eps)
+    except (TypeError, ValueError) as error:
+        argument, colon, rest = str(error).partition(":")
+        renamed = {"input": name, "weight": f"{name}_weight"}.get(argument)
+        if colon and renamed:
+            raise type(error)(f"{renamed}:{rest}") from None
+        raise
 
 
 def _kind(casting: str) -> int:
