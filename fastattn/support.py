@@ -42,8 +42,8 @@ def support() -> str:
         "|---|---|---|---|",
         *(f"| `{name}` | yes | {gradient} | no |" for name, gradient in _FUNCTIONS.items()),
         "",
-        "Second derivatives and forward-mode derivatives of attention raise. Every CPU level has",
-        "all of this (float64 runs on `scalar`); there are no CUDA kernels in this version.",
+        "Second derivatives and forward-mode derivatives of attention and norms raise. Every CPU",
+        "level has all of this (float64 runs on `scalar`); there are no CUDA kernels in this version.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -57,6 +57,11 @@ _FUNCTIONS = {
     "attention_column_sums": "none",
     "kv_cache_update": "none",
     "attention_with_cache": "none",
+    "layer_norm": "yes",
+    "rms_norm": "yes",
+    "add_layer_norm": "yes",
+    "add_rms_norm": "yes",
+    "qk_rms_norm": "yes",
 }
 
 Inputs = dict[str, Tensor]

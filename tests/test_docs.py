@@ -15,6 +15,7 @@ MODULES = (
     "fastattn.functional.helpers",
     "fastattn.functional.kv_cache",
     "fastattn.functional.rope",
+    "fastattn.functional.norm",
     "fastattn.functional.weights",
     "fastattn.info",
     "fastattn.nn.cache.contiguous",

@@ -17,6 +17,7 @@ struct VecAvx2 {
   using Real = float;
   static constexpr int kWidth = 8;
   static constexpr int kTileRows = 6, kTileVecs = 2;  // 12 + 2 + 1 of 16 registers
+  static constexpr bool kStreams = true;
   __m256 v;
 
   static VecAvx2 broadcast(float x) {
@@ -61,18 +62,28 @@ struct VecAvx2 {
   void store(float* p) const {
     _mm256_storeu_ps(p, v);
   }
-  void store(bf16* p) const {
+  // The upper half of every lane, rounded to nearest even, in the lower one; NaN stays NaN.
+  __m256i to_bf16_lanes() const {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
     const __m256i rounded = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
     const __m256i ordered = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_ORD_Q));
-    const __m256i result = _mm256_blendv_epi8(_mm256_set1_epi32(0x7fc0), rounded, ordered);
-    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(result, result), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    return _mm256_blendv_epi8(_mm256_set1_epi32(0x7fc0), rounded, ordered);
+  }
+  __m128i to_bf16() const {
+    const __m256i lanes = to_bf16_lanes();
+    return _mm256_castsi256_si128(
+        _mm256_permute4x64_epi64(_mm256_packus_epi32(lanes, lanes), 0x08));
+  }
+  __m128i to_f16() const {
+    return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT);
+  }
+  void store(bf16* p) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16());
   }
   void store(f16* p) const {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_f16());
   }
 
   void store(int8_t* p) const {
@@ -81,6 +92,22 @@ struct VecAvx2 {
     const __m128i low = _mm256_castsi256_si128(halves);
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(low, low));
   }
+
+  void stream(float* p) const {
+    _mm256_stream_ps(p, v);
+  }
+  void stream(bf16* p) const {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_bf16());
+  }
+  void stream(f16* p) const {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), to_f16());
+  }
+  static void finish_stream() {
+    _mm_sfence();
+  }
+
+  template <typename T>
+  VecAvx2 rounded() const;
 
   void store_n(float* p, int n) const {
     _mm256_maskstore_ps(p, first_lanes_avx2(n), v);
@@ -92,6 +119,19 @@ struct VecAvx2 {
     for (int i = 0; i < n; ++i) p[i] = all[i];
   }
 };
+
+template <>
+inline VecAvx2 VecAvx2::rounded<float>() const {
+  return *this;
+}
+template <>
+inline VecAvx2 VecAvx2::rounded<bf16>() const {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(to_bf16_lanes(), 16))};
+}
+template <>
+inline VecAvx2 VecAvx2::rounded<f16>() const {
+  return {_mm256_cvtph_ps(to_f16())};
+}
 
 FA_INLINE VecAvx2 add(VecAvx2 a, VecAvx2 b) {
   return {_mm256_add_ps(a.v, b.v)};

@@ -21,6 +21,7 @@ struct VecAvx512 {
   using Real = float;
   static constexpr int kWidth = 16;
   static constexpr int kTileRows = 12, kTileVecs = 2;  // 24 + 2 + 1 of 32 registers
+  static constexpr bool kStreams = true;
   __m512 v;
 
   static VecAvx512 broadcast(float x) {
@@ -103,6 +104,23 @@ struct VecAvx512 {
     store(all);
     for (int i = 0; i < n; ++i) p[i] = all[i];
   }
+  void stream(float* p) const {
+    _mm512_stream_ps(p, v);
+  }
+  void stream(bf16* p) const {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), to_bf16());
+  }
+  void stream(f16* p) const {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  }
+  static void finish_stream() {
+    _mm_sfence();
+  }
+
+  template <typename T>
+  VecAvx512 rounded() const;
+
   void store_n(float* p, int n) const {
     _mm512_mask_storeu_ps(p, first_lanes_avx512(n), v);
   }
@@ -114,6 +132,19 @@ struct VecAvx512 {
                              _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
 };
+
+template <>
+inline VecAvx512 VecAvx512::rounded<float>() const {
+  return *this;
+}
+template <>
+inline VecAvx512 VecAvx512::rounded<bf16>() const {
+  return from_bf16(to_bf16());
+}
+template <>
+inline VecAvx512 VecAvx512::rounded<f16>() const {
+  return {_mm512_cvtph_ps(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT))};
+}
 
 FA_INLINE VecAvx512 add(VecAvx512 a, VecAvx512 b) {
   return {_mm512_add_ps(a.v, b.v)};

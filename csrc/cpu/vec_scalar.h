@@ -110,6 +110,7 @@ struct ScalarVec {
   // Register tile of a product: rows x vecs accumulators, one row of B and one broadcast must fit
   // the registers.
   static constexpr int kTileRows = 4, kTileVecs = 2;
+  static constexpr bool kStreams = false;  // whether stream differs from store
   R lane[kWidth];
 
   static ScalarVec broadcast(R x) {
@@ -137,6 +138,20 @@ struct ScalarVec {
   template <typename T>
   void store_n(T* p, int n) const {
     for (int i = 0; i < n; ++i) from_float(lane[i], p + i);
+  }
+  // store, past the cache where the level can; p is aligned to the vec. finish_stream makes what
+  // this thread has streamed visible to others.
+  template <typename T>
+  void stream(T* p) const {
+    store(p);
+  }
+  static void finish_stream() {}
+  // What a store to T and a load would give.
+  template <typename T>
+  ScalarVec rounded() const {
+    T stored[kWidth];
+    store(stored);
+    return load(stored);
   }
 };
 

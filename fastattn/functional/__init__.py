@@ -14,6 +14,13 @@ from fastattn.functional.helpers import (
     window_from_hf,
 )
 from fastattn.functional.kv_cache import attention_with_cache, kv_cache_update
+from fastattn.functional.norm import (
+    add_layer_norm,
+    add_rms_norm,
+    layer_norm,
+    qk_rms_norm,
+    rms_norm,
+)
 from fastattn.functional.rope import (
     apply_rope,
     apply_rope_,
@@ -24,6 +31,8 @@ from fastattn.functional.rope import (
 from fastattn.functional.weights import attention_column_sums, attention_weights
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "alibi_slopes",
     "apply_rope",
     "apply_rope_",
@@ -38,7 +47,10 @@ __all__ = [
     "cu_seqlens_from_lengths",
     "cu_seqlens_from_position_ids",
     "kv_cache_update",
+    "layer_norm",
     "merge_attention",
+    "qk_rms_norm",
+    "rms_norm",
     "rope_tables",
     "scaled_dot_product_attention",
     "window_from_hf",

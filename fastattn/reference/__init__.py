@@ -27,10 +27,19 @@ from fastattn.reference.kv_cache import (
     kv_cache_update,
     quantize_rows,
 )
+from fastattn.reference.norm import (
+    add_layer_norm,
+    add_rms_norm,
+    layer_norm,
+    qk_rms_norm,
+    rms_norm,
+)
 from fastattn.reference.philox import dropout_mask, philox_4x32
 from fastattn.reference.rope import apply_rope, apply_rope_qk
 
 __all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
     "apply_rope",
     "apply_rope_qk",
     "attention",
@@ -41,10 +50,13 @@ __all__ = [
     "cached_rows",
     "dropout_mask",
     "kv_cache_update",
+    "layer_norm",
     "merge_attention",
     "philox_4x32",
+    "qk_rms_norm",
     "quantize_rows",
     "relative_positions",
+    "rms_norm",
     "scaled_dot_product_attention",
     "sequences",
     "visibility",

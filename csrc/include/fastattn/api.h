@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kv_cache_params.h"
+#include "norm_params.h"
 #include "params.h"
 #include "rope_params.h"
 
@@ -42,6 +43,9 @@ Status rope(const RopeParams& params, const Threads& threads);
 // Name of the schedule that attention_forward takes for these params: "tile", "decode", or "decode
 // and tile" where the sequences of a batch differ.
 const char* attention_schedule(const AttentionParams& params);
+
+Status norm_forward(const NormParams& params, const Threads& threads);
+Status norm_backward(const NormGradParams& params, const Threads& threads);
 
 }  // namespace cpu
 }  // namespace fastattn

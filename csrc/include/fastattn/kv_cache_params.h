@@ -7,9 +7,9 @@ namespace fastattn {
 
 // A new token: where it comes from and where it goes.
 struct CacheToken {
-  int64_t batch, row;          // of key and value
-  int64_t entry, cache_row;    // of the caches
-  int64_t position;            // row of the rotary tables; unused without them
+  int64_t batch, row;        // of key and value
+  int64_t entry, cache_row;  // of the caches
+  int64_t position;          // row of the rotary tables; unused without them
 };
 
 // cache[entry, h, cache_row] = row of head h, for every token and head. With an int8 cache,
@@ -19,9 +19,10 @@ struct CacheUpdateParams {
   DType dtype;  // of key, value and, unless int8, the caches
   int64_t heads_kv, head_dim, head_dim_v;
 
-  ConstTensor key;        // (batch, -, heads_kv, rows, head_dim)
-  ConstTensor value;      // (batch, -, heads_kv, rows, head_dim_v)
-  MutableTensor k_cache;  // (entries, -, heads_kv, cache rows, head_dim), rows of tokens overwritten
+  ConstTensor key;    // (batch, -, heads_kv, rows, head_dim)
+  ConstTensor value;  // (batch, -, heads_kv, rows, head_dim_v)
+  MutableTensor
+      k_cache;  // (entries, -, heads_kv, cache rows, head_dim), rows of tokens overwritten
   MutableTensor v_cache;
   MutableTensor k_scale;  // (entries, -, heads_kv, cache rows, -) float, nullable: not int8
   MutableTensor v_scale;

@@ -59,6 +59,14 @@ void mask_store(void* p, __mmask16 mask, const Vector& vector) {
   }
 }
 
+// Streaming stores fault on addresses that are not aligned.
+template <typename T, typename Vector>
+void stream(void* p, const Vector& vector) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(Vector) != 0) abort();
+  const Lanes<T> lanes = lanes_of<T>(vector);
+  memcpy(p, &lanes, sizeof(lanes));
+}
+
 inline float bf16_to_float(uint16_t bits) {
   const uint32_t wide = static_cast<uint32_t>(bits) << 16;
   float result;
@@ -190,6 +198,7 @@ inline void tile_dpbf16(int c_index, int a_index, int b_index) {
 #define _mm256_mask_storeu_epi16 emulated::mask_store<uint16_t>
 #define _mm256_maskz_loadu_epi16 emulated::maskz_load<__m256i, uint16_t>
 #define _mm512_mask_storeu_ps emulated::mask_store<float>
+#define _mm512_stream_ps emulated::stream<float>
 #define _mm512_maskz_loadu_ps emulated::maskz_load<__m512, float>
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
