@@ -42,7 +42,7 @@ def support() -> str:
         "|---|---|---|---|",
         *(f"| `{name}` | yes | {gradient} | no |" for name, gradient in _FUNCTIONS.items()),
         "",
-        "Second derivatives and forward-mode derivatives of attention raise. Every CPU level has",
+        "Derivatives that are not there, second or in forward mode, raise. Every CPU level has",
         "all of this (float64 runs on `scalar`); there are no CUDA kernels in this version.",
     ]
     return "\n".join(lines) + "\n"
@@ -55,6 +55,20 @@ _FUNCTIONS = {
     "merge_attention": "yes, of any order",
     "attention_weights": "none",
     "attention_column_sums": "none",
+    "apply_rope": "yes, of any order",
+    "apply_rope_": "yes, of any order",
+    "apply_rope_qk": "yes, of any order",
+    "apply_rope_qk_": "yes, of any order",
+    "rope_tables": "none",
+    "gelu": "yes",
+    "silu": "yes",
+    "relu": "yes",
+    "bias_gelu": "yes",
+    "bias_silu": "yes",
+    "bias_relu": "yes",
+    "swiglu": "yes",
+    "geglu": "yes",
+    "reglu": "yes",
 }
 
 Inputs = dict[str, Tensor]

@@ -119,6 +119,10 @@ FA_INLINE VecAvx512 fma(VecAvx512 a, VecAvx512 b, VecAvx512 c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
 
+FA_INLINE VecAvx512 fused(VecAvx512 a, VecAvx512 b, VecAvx512 c) {
+  return fma(a, b, c);
+}
+
 FA_INLINE float reduce_add(VecAvx512 x) {
   return _mm512_reduce_add_ps(x.v);
 }
@@ -168,6 +172,10 @@ FA_INLINE VecAvx512 pow2_integral(VecAvx512 n) {
 
 FA_INLINE VecAvx512 select_less(VecAvx512 a, VecAvx512 b, VecAvx512 x, VecAvx512 y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+}
+
+FA_INLINE bool all_less(VecAvx512 a, VecAvx512 b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) == 0xffff;
 }
 
 }  // namespace

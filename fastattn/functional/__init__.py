@@ -1,5 +1,16 @@
 """The functions: each one checks its arguments, and is differentiable where its docs say so."""
 
+from fastattn.functional.activation import (
+    bias_gelu,
+    bias_relu,
+    bias_silu,
+    geglu,
+    gelu,
+    reglu,
+    relu,
+    silu,
+    swiglu,
+)
 from fastattn.functional.attention import (
     attention,
     attention_varlen,
@@ -32,11 +43,20 @@ __all__ = [
     "attention_column_sums",
     "attention_varlen",
     "attention_weights",
+    "bias_gelu",
+    "bias_relu",
+    "bias_silu",
     "cu_seqlens_from_document_ids",
     "cu_seqlens_from_lengths",
     "cu_seqlens_from_position_ids",
+    "geglu",
+    "gelu",
     "merge_attention",
+    "reglu",
+    "relu",
     "rope_tables",
     "scaled_dot_product_attention",
+    "silu",
+    "swiglu",
     "window_from_hf",
 ]

@@ -10,6 +10,17 @@ the eager formula as a PyTorch user writes it, against which the accuracy contra
 kernels.
 """
 
+from fastattn.reference.activation import (
+    bias_gelu,
+    bias_relu,
+    bias_silu,
+    geglu,
+    gelu,
+    reglu,
+    relu,
+    silu,
+    swiglu,
+)
 from fastattn.reference.attention import (
     attention,
     attention_column_sums,
@@ -31,11 +42,20 @@ __all__ = [
     "attention_column_sums",
     "attention_varlen",
     "attention_weights",
+    "bias_gelu",
+    "bias_relu",
+    "bias_silu",
     "dropout_mask",
+    "geglu",
+    "gelu",
     "merge_attention",
     "philox_4x32",
+    "reglu",
     "relative_positions",
+    "relu",
     "scaled_dot_product_attention",
     "sequences",
+    "silu",
+    "swiglu",
     "visibility",
 ]
