@@ -106,6 +106,12 @@ FA_INLINE VecAvx2 fma(VecAvx2 a, VecAvx2 b, VecAvx2 c) {
 FA_INLINE VecAvx2 fused(VecAvx2 a, VecAvx2 b, VecAvx2 c) {
   return fma(a, b, c);
 }
+FA_INLINE VecAvx2 fused_minus(VecAvx2 a, VecAvx2 b, VecAvx2 c) {
+  return {_mm256_fmsub_ps(a.v, b.v, c.v)};
+}
+FA_INLINE VecAvx2 minus_fused(VecAvx2 c, VecAvx2 a, VecAvx2 b) {
+  return {_mm256_fnmadd_ps(a.v, b.v, c.v)};
+}
 
 FA_INLINE float reduce_add(VecAvx2 x) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));

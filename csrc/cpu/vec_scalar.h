@@ -162,6 +162,16 @@ FA_INLINE ScalarVec<float> fused(const ScalarVec<float>& a, const ScalarVec<floa
   return result;
 }
 
+// a * b - c and c - a * b, likewise.
+FA_INLINE ScalarVec<float> fused_minus(const ScalarVec<float>& a, const ScalarVec<float>& b,
+                                       const ScalarVec<float>& c) {
+  return fused(a, b, sub(ScalarVec<float>::zero(), c));
+}
+FA_INLINE ScalarVec<float> minus_fused(const ScalarVec<float>& c, const ScalarVec<float>& a,
+                                       const ScalarVec<float>& b) {
+  return fused(sub(ScalarVec<float>::zero(), a), b, c);
+}
+
 template <typename R>
 FA_INLINE R reduce_add(const ScalarVec<R>& x) {
   return (x.lane[0] + x.lane[1]) + (x.lane[2] + x.lane[3]);
