@@ -42,8 +42,8 @@ def support() -> str:
         "|---|---|---|---|",
         *(f"| `{name}` | yes | {gradient} | no |" for name, gradient in _FUNCTIONS.items()),
         "",
-        "Second derivatives and forward-mode derivatives of attention and norms raise. Every CPU",
-        "level has all of this (float64 runs on `scalar`); there are no CUDA kernels in this version.",
+        "Derivatives that are not there, second or in forward mode, raise. Every CPU level has",
+        "all of this (float64 runs on `scalar`); there are no CUDA kernels in this version.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -62,6 +62,20 @@ _FUNCTIONS = {
     "add_layer_norm": "yes",
     "add_rms_norm": "yes",
     "qk_rms_norm": "yes",
+    "apply_rope": "yes, of any order",
+    "apply_rope_": "yes, of any order",
+    "apply_rope_qk": "yes, of any order",
+    "apply_rope_qk_": "yes, of any order",
+    "rope_tables": "none",
+    "gelu": "yes",
+    "silu": "yes",
+    "relu": "yes",
+    "bias_gelu": "yes",
+    "bias_silu": "yes",
+    "bias_relu": "yes",
+    "swiglu": "yes",
+    "geglu": "yes",
+    "reglu": "yes",
 }
 
 Inputs = dict[str, Tensor]

@@ -11,6 +11,7 @@ import torch
 from fastattn.support import support
 
 MODULES = (
+    "fastattn.functional.activation",
     "fastattn.functional.attention",
     "fastattn.functional.helpers",
     "fastattn.functional.kv_cache",

@@ -1,6 +1,7 @@
 // Work on rows at the avx2 level: AVX2 + FMA + F16C.
 #include "rowwise_kernels.h"
 #include "vec_avx2.h"
+#include "vec_two.h"
 
 namespace fastattn::cpu {
 namespace {

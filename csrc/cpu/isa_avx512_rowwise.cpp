@@ -1,6 +1,7 @@
 // Work on rows at the avx512 level: AVX-512 F, BW, VL, DQ on top of avx2.
 #include "rowwise_kernels.h"
 #include "vec_avx512.h"
+#include "vec_two.h"
 
 namespace fastattn::cpu {
 namespace {

@@ -1,6 +1,7 @@
 // Work on rows at the scalar level: plain C++ for any CPU; the only level with float64.
 #include "rowwise_kernels.h"
 #include "vec_scalar.h"
+#include "vec_two.h"
 
 namespace fastattn::cpu {
 namespace {

@@ -155,6 +155,16 @@ FA_INLINE VecAvx2 fma(VecAvx2 a, VecAvx2 b, VecAvx2 c) {
   return {_mm256_fmadd_ps(a.v, b.v, c.v)};
 }
 
+FA_INLINE VecAvx2 fused(VecAvx2 a, VecAvx2 b, VecAvx2 c) {
+  return fma(a, b, c);
+}
+FA_INLINE VecAvx2 fused_minus(VecAvx2 a, VecAvx2 b, VecAvx2 c) {
+  return {_mm256_fmsub_ps(a.v, b.v, c.v)};
+}
+FA_INLINE VecAvx2 minus_fused(VecAvx2 c, VecAvx2 a, VecAvx2 b) {
+  return {_mm256_fnmadd_ps(a.v, b.v, c.v)};
+}
+
 FA_INLINE float reduce_add(VecAvx2 x) {
   __m128 sum = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
   sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
@@ -214,6 +224,10 @@ FA_INLINE VecAvx2 pow2_integral(VecAvx2 n) {
 
 FA_INLINE VecAvx2 select_less(VecAvx2 a, VecAvx2 b, VecAvx2 x, VecAvx2 y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+
+FA_INLINE bool all_less(VecAvx2 a, VecAvx2 b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)) == 0xff;
 }
 
 }  // namespace

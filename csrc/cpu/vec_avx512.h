@@ -168,6 +168,16 @@ FA_INLINE VecAvx512 fma(VecAvx512 a, VecAvx512 b, VecAvx512 c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
 }
 
+FA_INLINE VecAvx512 fused(VecAvx512 a, VecAvx512 b, VecAvx512 c) {
+  return fma(a, b, c);
+}
+FA_INLINE VecAvx512 fused_minus(VecAvx512 a, VecAvx512 b, VecAvx512 c) {
+  return {_mm512_fmsub_ps(a.v, b.v, c.v)};
+}
+FA_INLINE VecAvx512 minus_fused(VecAvx512 c, VecAvx512 a, VecAvx512 b) {
+  return {_mm512_fnmadd_ps(a.v, b.v, c.v)};
+}
+
 FA_INLINE float reduce_add(VecAvx512 x) {
   return _mm512_reduce_add_ps(x.v);
 }
@@ -221,7 +231,7 @@ FA_INLINE void transpose(VecAvx512 (&x)[16]) {
 }
 
 FA_INLINE VecAvx512 swap_pairs(VecAvx512 x) {
-  return {_mm512_permute_ps(x.v, 0xb1)};
+  return {_mm512_shuffle_ps(x.v, x.v, 0xb1)};
 }
 
 FA_INLINE VecAvx512 round_nearest(VecAvx512 x) {
@@ -235,6 +245,10 @@ FA_INLINE VecAvx512 pow2_integral(VecAvx512 n) {
 
 FA_INLINE VecAvx512 select_less(VecAvx512 a, VecAvx512 b, VecAvx512 x, VecAvx512 y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
+}
+
+FA_INLINE bool all_less(VecAvx512 a, VecAvx512 b) {
+  return _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ) == 0xffff;
 }
 
 }  // namespace

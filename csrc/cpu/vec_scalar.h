@@ -180,6 +180,28 @@ FA_INLINE ScalarVec<R> fma(const ScalarVec<R>& a, const ScalarVec<R>& b, const S
   return add(mul(a, b), c);
 }
 
+// a * b + c with one rounding: where the product must be exact. (Within double's 53 bits it is, and
+// then so is a sum that cancels.)
+FA_INLINE ScalarVec<float> fused(const ScalarVec<float>& a, const ScalarVec<float>& b,
+                                 const ScalarVec<float>& c) {
+  ScalarVec<float> result;
+  for (int i = 0; i < 4; ++i) {
+    const double product = static_cast<double>(a.lane[i]) * static_cast<double>(b.lane[i]);
+    result.lane[i] = static_cast<float>(product + static_cast<double>(c.lane[i]));
+  }
+  return result;
+}
+
+// a * b - c and c - a * b, likewise.
+FA_INLINE ScalarVec<float> fused_minus(const ScalarVec<float>& a, const ScalarVec<float>& b,
+                                       const ScalarVec<float>& c) {
+  return fused(a, b, sub(ScalarVec<float>::zero(), c));
+}
+FA_INLINE ScalarVec<float> minus_fused(const ScalarVec<float>& c, const ScalarVec<float>& a,
+                                       const ScalarVec<float>& b) {
+  return fused(sub(ScalarVec<float>::zero(), a), b, c);
+}
+
 template <typename R>
 FA_INLINE R reduce_add(const ScalarVec<R>& x) {
   return (x.lane[0] + x.lane[1]) + (x.lane[2] + x.lane[3]);
@@ -239,6 +261,12 @@ FA_INLINE ScalarVec<double> exp2_exact(const ScalarVec<double>& x) {
   return result;
 }
 
+FA_INLINE ScalarVec<double> erfc_exact(const ScalarVec<double>& x) {
+  ScalarVec<double> result;
+  for (int i = 0; i < 4; ++i) result.lane[i] = __builtin_erfc(x.lane[i]);
+  return result;
+}
+
 FA_INLINE ScalarVec<double> tanh_exact(const ScalarVec<double>& x) {
   ScalarVec<double> result;
   for (int i = 0; i < 4; ++i) result.lane[i] = __builtin_tanh(x.lane[i]);
@@ -251,6 +279,14 @@ FA_INLINE ScalarVec<R> select_less(const ScalarVec<R>& a, const ScalarVec<R>& b,
                                    const ScalarVec<R>& x, const ScalarVec<R>& y) {
   ScalarVec<R> result;
   for (int i = 0; i < 4; ++i) result.lane[i] = a.lane[i] < b.lane[i] ? x.lane[i] : y.lane[i];
+  return result;
+}
+
+// Whether a < b in every lane; a NaN is not.
+template <typename R>
+FA_INLINE bool all_less(const ScalarVec<R>& a, const ScalarVec<R>& b) {
+  bool result = true;
+  for (int i = 0; i < 4; ++i) result &= a.lane[i] < b.lane[i];
   return result;
 }
 

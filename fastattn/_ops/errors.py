@@ -26,6 +26,15 @@ def checked(
         raise user_error(error, dict(zip(names, arguments, strict=False)) | options) from None
 
 
+def require_one_device(**tensors: Tensor | None) -> None:
+    """What an op checks of its tensors, for those without data, which never reach it."""
+    given = {name: x for name, x in tensors.items() if x is not None}
+    device = next(iter(given.values())).device
+    for name, x in given.items():
+        if x.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got {x.device}")
+
+
 def user_error(error: RuntimeError, arguments: dict[str, Any]) -> Exception:
     """The exception to raise for one that an op raised for these arguments."""
     text = str(error).split("\n", 1)[0]

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from fastattn import _C  # noqa: F401  (registers the ops)
-from fastattn._ops.errors import checked
+from fastattn._ops.errors import checked, require_one_device
 
 rope = torch.ops.fastattn.rope.default
 rope_ = torch.ops.fastattn.rope_.default
@@ -139,12 +139,12 @@ def _special() -> bool:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, options: Options) -> Tensor:
-    special = _special()
-    if not special and not (x.requires_grad and torch.is_grad_enabled()):
-        out: Tensor = checked(rope, x, cos, sin, names=("x", "cos", "sin"), **options)
-        return out
-    function = _TransformedRope if torch._C._are_functorch_transforms_active() else _Rope
-    out = checked(function.apply, x, cos, sin, options, names=("x", "cos", "sin"))
+    names = ("x", "cos", "sin")
+    if not _special() and not (x.requires_grad and torch.is_grad_enabled()):
+        out: Tensor = checked(rope, x, cos, sin, names=names, **options)
+    else:
+        function = _TransformedRope if torch._C._are_functorch_transforms_active() else _Rope
+        out = checked(function.apply, x, cos, sin, options, names=names)
     return out
 
 
@@ -156,9 +156,9 @@ def rotate_qk(
     needs_grad = (query.requires_grad or key.requires_grad) and torch.is_grad_enabled()
     if not needs_grad and not _special():
         outs = checked(rope_qk, query, key, cos, sin, names=names, **options)
-        return outs
-    function = _TransformedRopeQK if torch._C._are_functorch_transforms_active() else _RopeQK
-    outs = checked(function.apply, query, key, cos, sin, options, names=names)
+    else:
+        function = _TransformedRopeQK if torch._C._are_functorch_transforms_active() else _RopeQK
+        outs = checked(function.apply, query, key, cos, sin, options, names=names)
     return outs
 
 
@@ -179,8 +179,8 @@ def rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, options: Options) -> Te
             return x.copy_(rotate(x, cos, sin, options))
     elif _special() or (x.requires_grad and torch.is_grad_enabled()):
         _check_writable("x", x)
-        out: Tensor = checked(_RopeInPlace.apply, x, cos, sin, options, names=names)
-        return out
+        checked(_RopeInPlace.apply, x, cos, sin, options, names=names)
+        return x
     checked(rope_, x, cos, sin, names=names, **options)
     _written(x)
     return x
@@ -198,8 +198,8 @@ def rotate_qk_in_place(
     elif _special() or needs_grad:
         _check_writable("query", query)
         _check_writable("key", key)
-        outs = checked(_RopeQKInPlace.apply, query, key, cos, sin, options, names=names)
-        return outs
+        checked(_RopeQKInPlace.apply, query, key, cos, sin, options, names=names)
+        return query, key
     checked(rope_qk_, query, key, cos, sin, names=names, **options)
     _written(query)
     _written(key)
@@ -218,18 +218,20 @@ def _register_fake(name: str) -> Callable[[_Function], _Function]:
 
 @_register_fake("fastattn::rope")
 def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> Tensor:
+    require_one_device(x=x, cos=cos, sin=sin)
     return torch.empty_like(x)
 
 
 @_register_fake("fastattn::rope_")
 def _rope_in_place_fake(x: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> None:
-    pass
+    require_one_device(x=x, cos=cos, sin=sin)
 
 
 @_register_fake("fastattn::rope_qk")
 def _rope_qk_fake(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
+    require_one_device(query=query, key=key, cos=cos, sin=sin)
     return torch.empty_like(query), torch.empty_like(key)
 
 
@@ -237,4 +239,4 @@ def _rope_qk_fake(
 def _rope_qk_in_place_fake(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any
 ) -> None:
-    pass
+    require_one_device(query=query, key=key, cos=cos, sin=sin)

@@ -1,5 +1,16 @@
 """The functions: each one checks its arguments, and is differentiable where its docs say so."""
 
+from fastattn.functional.activation import (
+    bias_gelu,
+    bias_relu,
+    bias_silu,
+    geglu,
+    gelu,
+    reglu,
+    relu,
+    silu,
+    swiglu,
+)
 from fastattn.functional.attention import (
     attention,
     attention_varlen,
@@ -43,15 +54,24 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "attention_with_cache",
+    "bias_gelu",
+    "bias_relu",
+    "bias_silu",
     "cu_seqlens_from_document_ids",
     "cu_seqlens_from_lengths",
     "cu_seqlens_from_position_ids",
+    "geglu",
+    "gelu",
     "kv_cache_update",
     "layer_norm",
     "merge_attention",
     "qk_rms_norm",
+    "reglu",
+    "relu",
     "rms_norm",
     "rope_tables",
     "scaled_dot_product_attention",
+    "silu",
+    "swiglu",
     "window_from_hf",
 ]

@@ -125,7 +125,8 @@ def _llama3(rotary_dim: int, length: int, base: float, given: dict[str, Any]) ->
 
     def scaled(f: float) -> float:
         t = min(max((original * f / (2 * math.pi) - low) / (high - low), 0.0), 1.0)
-        return (1 - t) * f / factor + t * f
+        result: float = (1 - t) * f / factor + t * f
+        return result
 
     return [scaled(f) for f in _powers(rotary_dim, base)], 1.0
 

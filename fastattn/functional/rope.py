@@ -236,7 +236,8 @@ def rope_tables(
                                 N = max(length, L)
         "yarn"      s, L; "beta_fast" (32), "beta_slow" (1), "attention_factor", "mscale",
                     "mscale_all_dim", "truncate" (True)
-                                g = r f / s + (1 - r) f,  r_n = clamp((n - low) / (high - low), 0, 1)
+                                g = r f / s + (1 - r) f,
+                                r_n = clamp((n - low) / (high - low), 0, 1)
                                 low, high = dim(beta_fast), dim(beta_slow)
                                 dim(t) = d ln(L / (2 pi t)) / (2 ln base), rounded outwards where
                                 "truncate", and kept within 0 .. d - 1

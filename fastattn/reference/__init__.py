@@ -10,6 +10,17 @@ the eager formula as a PyTorch user writes it, against which the accuracy contra
 kernels.
 """
 
+from fastattn.reference.activation import (
+    bias_gelu,
+    bias_relu,
+    bias_silu,
+    geglu,
+    gelu,
+    reglu,
+    relu,
+    silu,
+    swiglu,
+)
 from fastattn.reference.attention import (
     attention,
     attention_column_sums,
@@ -47,17 +58,26 @@ __all__ = [
     "attention_varlen",
     "attention_weights",
     "attention_with_cache",
+    "bias_gelu",
+    "bias_relu",
+    "bias_silu",
     "cached_rows",
     "dropout_mask",
+    "geglu",
+    "gelu",
     "kv_cache_update",
     "layer_norm",
     "merge_attention",
     "philox_4x32",
     "qk_rms_norm",
     "quantize_rows",
+    "reglu",
     "relative_positions",
+    "relu",
     "rms_norm",
     "scaled_dot_product_attention",
     "sequences",
+    "silu",
+    "swiglu",
     "visibility",
 ]

@@ -1,6 +1,7 @@
 // The functions of each backend. They return a status and never throw, exit or print.
 #pragma once
 
+#include "activation_params.h"
 #include "kv_cache_params.h"
 #include "norm_params.h"
 #include "params.h"
@@ -37,6 +38,10 @@ Status attention_forward(const AttentionParams& params, const Threads& threads);
 Status attention_backward(const AttentionGradParams& params, const Threads& threads);
 Status attention_weights(const AttentionWeightsParams& params, const Threads& threads);
 Status kv_cache_update(const CacheUpdateParams& params, const Threads& threads);
+
+// act(input + bias) or act(input) * up, and their gradients.
+Status activation_forward(const ActivationParams& params, const Threads& threads);
+Status activation_backward(const ActivationParams& params, const Threads& threads);
 
 Status rope(const RopeParams& params, const Threads& threads);
 

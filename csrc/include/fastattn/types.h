@@ -16,6 +16,13 @@
 #define FA_INLINE static inline
 #endif
 
+// For the rare paths of what is inlined.
+#if defined(__GNUC__)
+#define FA_NOINLINE static __attribute__((noinline))
+#else
+#define FA_NOINLINE static
+#endif
+
 namespace fastattn {
 
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
