@@ -574,6 +574,27 @@ def test_beams_share_pages_until_they_part():
     assert cache.free_pages == cache.pages
 
 
+def test_the_last_of_those_that_share_a_page_writes_to_it_without_a_copy():
+    cache = paged(batch=3, page_size=4, pages=3)
+    counts = torch.tensor([3, 0, 0])
+    cache.attend(0, *tensors(3, batch=3), query_lengths=counts)
+    cache.advance(counts)
+    cache.fork(0, [1, 2])
+    assert cache.free_pages == 2
+    cache.attend(0, *tensors(1, batch=3))  # two copies fit, three would not
+    cache.advance(1)
+    assert cache.free_pages == 0 and cache.lengths.tolist() == [4, 4, 4]
+
+
+def test_pages_reserved_for_one_request_do_not_stand_for_those_of_another():
+    cache = paged(page_size=2)
+    cache.reserve([5, 0])
+    for rows in (1, 3):
+        cache.attend(0, *tensors(rows))
+        cache.advance(rows)
+    assert cache.pages - cache.free_pages == 3 + 2
+
+
 def test_out_of_pages_says_so_and_changes_nothing():
     cache = paged(pages=5, page_size=4)
     cache.attend(0, *tensors(8))
