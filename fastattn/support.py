@@ -43,7 +43,8 @@ def support() -> str:
         *(f"| `{name}` | yes | {gradient} | no |" for name, gradient in _FUNCTIONS.items()),
         "",
         "Second derivatives and forward-mode derivatives of attention and norms raise. Every CPU",
-        "level has all of this (float64 runs on `scalar`); there are no CUDA kernels in this version.",
+        "level has all of this (float64 runs on `scalar`); there are no CUDA kernels in this",
+        "version.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -127,15 +127,25 @@ class _TransformedNorm(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def _needs_autograd(*tensors: Tensor | None) -> bool:
+def _needs_autograd(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None
+) -> bool:
     """Whether something besides the results may be asked for: a gradient, a forward-mode tangent,
     or what a transform of torch.func wants (whose tensors do not tell whether they require grad).
     """
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if x is not None and x.requires_grad:
-                return True
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return (
+        (
+            (
+                input.requires_grad
+                or (weight is not None and weight.requires_grad)
+                or (bias is not None and bias.requires_grad)
+                or (residual is not None and residual.requires_grad)
+            )
+            and torch.is_grad_enabled()
+        )
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 _NAMES = ("input", "residual", "weight", "bias", "philox")
@@ -166,7 +176,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """(normalised, summed), differentiable where a gradient is needed."""
     tensors = (input, residual, weight, bias)
-    if _needs_autograd(*tensors):
+    if _needs_autograd(input, weight, bias, residual):
         philox, dropout_p = dropout.get("philox"), dropout.get("dropout_p", 0.0)
         return _differentiable(*tensors, philox, dims, kind, eps, dropout_p)[:2]
     if dropout:
