@@ -19,10 +19,9 @@ def test_every_width(level, dtype, norm):
         check_norm(norm, norm_inputs(norm, (rows,), width, dtype, seed=i), what=f"{rows}x{width}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("norm", ["add layer", "gemma"])
-def test_very_wide_rows(level, dtype, norm):
-    check_norm(norm, norm_inputs(norm, (2,), 65536 + 3, dtype))
+@pytest.mark.parametrize("norm", ["layer", "add gemma"])
+def test_very_wide_rows(level, norm):
+    check_norm(norm, norm_inputs(norm, (2,), 65536 + 3))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -255,11 +254,9 @@ def test_any_number_of_threads_gives_the_same_bits(level, threads, norm):
         assert all(torch.equal(run[n], x) for n, x in runs[0].items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_many_rows(level, dtype):
-    """Several slices of the sums over rows, and results that go past the cache."""
-    inputs = norm_inputs("add layer", (9000,), 96, dtype)
-    check_norm("add layer", inputs)
+def test_many_rows(level):
+    """Several slices of the sums over rows, each of many blocks."""
+    check_norm("add layer", norm_inputs("add layer", (9000,), 72))
 
 
 def test_results_past_the_cache_are_those_within(level):

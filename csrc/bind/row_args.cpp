@@ -33,14 +33,15 @@ std::optional<int64_t> step_of(const Tensor& tensor, int64_t row_dims) {
 
 RowProblem::RowProblem(const Tensor& like, int64_t row_dims)
     : like_(like), row_dims_(row_dims), leading_dims_(like.dim() - row_dims) {
+  if (like.dim() > kMostDims) fail("input", "at most 64 dimensions", shape_text(like));
   const Sizes strides = like.strides();
   for (int64_t d = 0; d < leading_dims_; ++d) {  // by insertion: equal strides keep their order
-    order_.push_back(d);
-    for (size_t i = order_.size() - 1; i > 0; --i) {
-      const size_t a = static_cast<size_t>(order_[i - 1]), b = static_cast<size_t>(order_[i]);
-      if (strides[a] >= strides[b]) break;
-      std::swap(order_[i - 1], order_[i]);
+    int64_t at = d;
+    for (; at > 0; --at) {
+      if (strides[static_cast<size_t>(order_[at - 1])] >= strides[static_cast<size_t>(d)]) break;
+      order_[at] = order_[at - 1];
     }
+    order_[at] = d;
   }
 }
 
@@ -52,9 +53,17 @@ int64_t RowProblem::width() const {
   return product(row());
 }
 
-std::vector<int64_t> RowProblem::leading_strides(const Tensor& tensor) const {
+RowProblem::View& RowProblem::new_view(int64_t (&resolved)[kRowDims]) {
+  if (num_views_ == kMostViews) throw std::logic_error("fastattn: more views than a norm has");
+  View& view = views_[num_views_++];
+  view.resolved = resolved;
+  return view;
+}
+
+void RowProblem::add_strides(const Tensor& tensor, int64_t (&resolved)[kRowDims]) {
+  View& view = new_view(resolved);
   const Sizes strides = tensor.strides();
-  return {strides.data(), strides.data() + leading_dims_};
+  for (int64_t d = 0; d < leading_dims_; ++d) view.stride[d] = strides[static_cast<size_t>(d)];
 }
 
 void RowProblem::add(const Tensor& tensor, ConstRows* view) {
@@ -67,19 +76,20 @@ void RowProblem::add(const Tensor& tensor, ConstRows* view) {
   }
   view->data = source->data_ptr();
   view->step = *step;
-  views_.push_back({leading_strides(*source), view->stride});
+  add_strides(*source, view->stride);
 }
 
 void RowProblem::add(const Tensor& tensor, MutableRows* view) {
   view->data = tensor.data_ptr();
-  views_.push_back({leading_strides(tensor), view->stride});
+  add_strides(tensor, view->stride);
 }
 
 void RowProblem::add_row_numbers(int64_t (&row_stride)[kRowDims]) {
-  std::vector<int64_t> stride(static_cast<size_t>(leading_dims_));
+  View& view = new_view(row_stride);
   int64_t next = 1;
-  for (size_t d = stride.size(); d-- > 0; next *= like_.sizes()[d]) stride[d] = next;
-  views_.push_back({stride, row_stride});
+  for (int64_t d = leading_dims_; d-- > 0; next *= like_.sizes()[static_cast<size_t>(d)]) {
+    view.stride[d] = next;
+  }
 }
 
 void RowProblem::resolve(const char* argument, RowShape* shape) {
@@ -87,13 +97,12 @@ void RowProblem::resolve(const char* argument, RowShape* shape) {
   shape->rows = rows();
   shape->width = width();
   shape->dims = 0;
-  for (const int64_t dim : order_) {
-    const size_t d = static_cast<size_t>(dim);
+  for (int64_t i = 0; i < leading_dims_; ++i) {
+    const size_t d = static_cast<size_t>(order_[i]);
     if (sizes[d] == 1) continue;
     bool merges = shape->dims > 0;
-    for (const View& view : views_) {
-      if (!merges) break;
-      merges = view.resolved[shape->dims - 1] == view.stride[d] * sizes[d];
+    for (int v = 0; merges && v < num_views_; ++v) {
+      merges = views_[v].resolved[shape->dims - 1] == views_[v].stride[d] * sizes[d];
     }
     if (!merges && shape->dims == kRowDims) {
       fail(argument, "strides that merge its leading dimensions into at most 8",
@@ -102,29 +111,28 @@ void RowProblem::resolve(const char* argument, RowShape* shape) {
     if (!merges) shape->size[shape->dims++] = 1;
     const int last = shape->dims - 1;
     shape->size[last] *= sizes[d];
-    for (const View& view : views_) view.resolved[last] = view.stride[d];
+    for (int v = 0; v < num_views_; ++v) views_[v].resolved[last] = views_[v].stride[d];
   }
   if (shape->dims > 0) return;
   shape->dims = 1;
   shape->size[0] = 1;
-  for (const View& view : views_) view.resolved[0] = 0;
+  for (int v = 0; v < num_views_; ++v) views_[v].resolved[0] = 0;
 }
 
 Tensor RowProblem::empty(Sizes row_sizes, int32_t dtype) const {
   const Sizes outer = leading();
-  std::vector<int64_t> sizes(outer.data(), outer.data() + outer.size());
-  sizes.insert(sizes.end(), row_sizes.data(), row_sizes.data() + row_sizes.size());
-  std::vector<int64_t> strides(sizes.size());
+  const size_t outer_dims = outer.size(), dims = outer_dims + row_sizes.size();
+  int64_t sizes[kMostDims], strides[kMostDims];
+  for (size_t d = 0; d < outer_dims; ++d) sizes[d] = outer[d];
+  for (size_t d = outer_dims; d < dims; ++d) sizes[d] = row_sizes[d - outer_dims];
   int64_t next = 1;
-  for (size_t d = sizes.size(); d-- > outer.size(); next *= max_of<int64_t>(sizes[d], 1)) {
-    strides[d] = next;
-  }
-  for (size_t i = order_.size(); i-- > 0;) {
-    const size_t d = static_cast<size_t>(order_[i]);
+  for (size_t d = dims; d-- > outer_dims; next *= max_of<int64_t>(sizes[d], 1)) strides[d] = next;
+  for (size_t i = outer_dims; i-- > 0;) {
+    const int64_t d = order_[i];
     strides[d] = next;
     next *= max_of<int64_t>(sizes[d], 1);
   }
-  Tensor tensor = empty_strided(sizes, strides, dtype, like_);
+  Tensor tensor = empty_strided(Sizes(sizes, dims), Sizes(strides, dims), dtype, like_);
   prefer_huge_pages(tensor, dtype == aoti_torch_dtype_float64()   ? 8
                             : dtype == aoti_torch_dtype_float32() ? 4
                                                                   : 2);

@@ -1,7 +1,6 @@
 // Tensors as rows: the trailing dimensions of each are one row, the leading ones number the rows.
 #pragma once
 
-#include <initializer_list>
 #include <vector>
 
 #include "fastattn/norm_params.h"
@@ -13,6 +12,7 @@ namespace fastattn::bind {
 // `like` in memory, so that rows beside each other are done after each other.
 class RowProblem {
  public:
+  static constexpr int64_t kMostDims = 64;  // of a tensor, as in torch's own loops
   RowProblem(const Tensor& like, int64_t row_dims);
 
   // Registers a tensor of the shape of `like`, but for its row. It must outlive the problem.
@@ -37,16 +37,20 @@ class RowProblem {
   int64_t width() const;
 
  private:
+  static constexpr int kMostViews = 8;
   struct View {
-    std::vector<int64_t> stride;  // of the leading dimensions
+    int64_t stride[kMostDims];  // of the leading dimensions
     int64_t* resolved;
   };
-  std::vector<int64_t> leading_strides(const Tensor& tensor) const;
+  View& new_view(int64_t (&resolved)[kRowDims]);
+  void add_strides(const Tensor& tensor, int64_t (&resolved)[kRowDims]);
 
   const Tensor& like_;
   int64_t row_dims_, leading_dims_;
-  std::vector<int64_t> order_;  // of the leading dimensions, outermost in memory first
-  std::vector<View> views_;
+  // NOTE: arrays, not vectors: a short norm takes less time than a few allocations.
+  int64_t order_[kMostDims];  // of the leading dimensions, outermost in memory first
+  View views_[kMostViews];
+  int num_views_ = 0;
   std::vector<Tensor> held_;  // contiguous copies
 };
 

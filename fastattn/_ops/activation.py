@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import _C  # noqa: F401  (registers the ops)
+from fastattn._ops.common import register_fake
 from fastattn._ops.errors import require_one_device, user_error
 
 activation = torch.ops.fastattn.activation.default
@@ -18,8 +19,6 @@ gated_activation = torch.ops.fastattn.gated_activation.default
 gated_activation_backward = torch.ops.fastattn.gated_activation_backward.default
 
 GELU, GELU_TANH, SILU, RELU = range(4)
-
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _twice(ctx: Any, *_: Any) -> Any:
@@ -175,17 +174,13 @@ def activate_gated(gate: Tensor, up: Tensor | None, kind: int) -> Tensor:
     return out
 
 
-def _register_fake(name: str) -> Callable[[_Function], _Function]:
-    return torch.library.register_fake(name)  # type: ignore[no-any-return]
-
-
-@_register_fake("fastattn::activation")
+@register_fake("fastattn::activation")
 def _activation_fake(input: Tensor, bias: Tensor | None, kind: int) -> Tensor:
     require_one_device(input=input, bias=bias)
     return torch.empty_like(input)
 
 
-@_register_fake("fastattn::activation_backward")
+@register_fake("fastattn::activation_backward")
 def _activation_backward_fake(
     dout: Tensor,
     input: Tensor,
@@ -201,13 +196,13 @@ def _activation_backward_fake(
     )
 
 
-@_register_fake("fastattn::gated_activation")
+@register_fake("fastattn::gated_activation")
 def _gated_activation_fake(gate: Tensor, up: Tensor | None, kind: int) -> Tensor:
     require_one_device(gate=gate, up=up)
     return torch.empty_like(gate if up is not None else gate[..., : gate.shape[-1] // 2])
 
 
-@_register_fake("fastattn::gated_activation_backward")
+@register_fake("fastattn::gated_activation_backward")
 def _gated_activation_backward_fake(
     dout: Tensor, gate: Tensor, up: Tensor | None, kind: int
 ) -> tuple[Tensor, Tensor]:

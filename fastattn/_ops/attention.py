@@ -6,8 +6,8 @@ The kernels, and the checks of what they are given, are in the extension (csrc/b
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import _C  # noqa: F401  (registers the ops)
+from fastattn._ops.common import real_dtype, register_fake
 from fastattn._ops.errors import checked, user_error
 
 attention_plain = torch.ops.fastattn.attention_plain.default
@@ -25,7 +26,6 @@ attention_column_sums = torch.ops.fastattn.attention_column_sums.default
 attention_schedule = torch.ops.fastattn.attention_schedule.default
 
 Options = dict[str, Any]
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # The options of every op that takes them: the last arguments in the schema, with their defaults.
 OPTIONS: Options = {a.name: a.default_value for a in attention_forward._schema.arguments[3:]}
@@ -178,14 +178,6 @@ def attend_plain(
     return out
 
 
-def _register_fake(name: str) -> Callable[[_Function], _Function]:
-    return torch.library.register_fake(name)  # type: ignore[no-any-return]
-
-
-def _real(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _empty_in_order_of(like: Tensor, columns: int, packed: bool) -> Tensor:
     """A dense tensor of the shape of ``like`` but for its columns, in the same memory order."""
     *batch, outer, inner = like.shape[:-1]
@@ -215,7 +207,7 @@ def _bind(given: Sequence[Any], named: Options) -> Options:
     return OPTIONS | dict(zip(OPTIONS, given, strict=False)) | named
 
 
-@_register_fake("fastattn::attention_plain")
+@register_fake("fastattn::attention_plain")
 def _plain_fake(
     query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, bshd: bool
 ) -> Tensor:
@@ -223,7 +215,7 @@ def _plain_fake(
     return _empty_in_order_of(query, value.shape[-1], packed=False)
 
 
-@_register_fake("fastattn::attention_forward")
+@register_fake("fastattn::attention_forward")
 def attention_forward_fake(
     query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any
 ) -> Any:
@@ -231,10 +223,10 @@ def attention_forward_fake(
     _require_one_device(query, key=key, value=value, **options)
     packed = options["cu_seqlens_q"] is not None
     out = _empty_in_order_of(query, value.shape[-1], packed)
-    return out, query.new_empty(_lse_shape(query, packed, options["bshd"]), dtype=_real(query))
+    return out, query.new_empty(_lse_shape(query, packed, options["bshd"]), dtype=real_dtype(query))
 
 
-@_register_fake("fastattn::attention_backward")
+@register_fake("fastattn::attention_backward")
 def _backward_fake(
     dout: Tensor,
     dlse: Tensor | None,
@@ -262,7 +254,7 @@ def _backward_fake(
         like(key, need_dkey_dvalue),
         like(value, need_dkey_dvalue),
         bias.new_empty(bias.shape) if need_dbias else query.new_empty(0),
-        sink.new_empty(sink.shape) if need_dsink else query.new_empty(0, dtype=_real(query)),
+        sink.new_empty(sink.shape) if need_dsink else query.new_empty(0, dtype=real_dtype(query)),
     )
 
 
@@ -272,18 +264,18 @@ def _score_sizes(query: Tensor, key: Tensor, bshd: bool) -> tuple[list[int], int
     return batch, heads, queries, key.shape[-3 if bshd else -2]
 
 
-@_register_fake("fastattn::attention_weights")
+@register_fake("fastattn::attention_weights")
 def _weights_fake(
     query: Tensor, key: Tensor, lse: Tensor, rows: Tensor, heads: Tensor, *given: Any, **named: Any
 ) -> Tensor:
     batch, _, _, keys = _score_sizes(query, key, _bind(given, named)["bshd"])
-    return query.new_empty((*batch, heads.shape[0], rows.shape[0], keys), dtype=_real(query))
+    return query.new_empty((*batch, heads.shape[0], rows.shape[0], keys), dtype=real_dtype(query))
 
 
-@_register_fake("fastattn::attention_column_sums")
+@register_fake("fastattn::attention_column_sums")
 def _column_sums_fake(query: Tensor, key: Tensor, lse: Tensor, *given: Any, **named: Any) -> Tensor:
     batch, heads, _, keys = _score_sizes(query, key, _bind(given, named)["bshd"])
-    return query.new_empty((*batch, heads, keys), dtype=_real(query))
+    return query.new_empty((*batch, heads, keys), dtype=real_dtype(query))
 
 
 # FLOPs: two for each multiply-add of the matrix products, and nothing off for causality, masks or

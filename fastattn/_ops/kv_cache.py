@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastattn._ops.attention import _empty_in_order_of, _lse_shape, _real, _register_fake
+from fastattn._ops.attention import _empty_in_order_of, _lse_shape
+from fastattn._ops.common import real_dtype, register_fake
 
 kv_cache_update = torch.ops.fastattn.kv_cache_update.default
 attention_with_cache = torch.ops.fastattn.attention_with_cache.default
 attention_with_cache_ = torch.ops.fastattn.attention_with_cache_.default
 
 
-@_register_fake("fastattn::kv_cache_update")
+@register_fake("fastattn::kv_cache_update")
 def _update_fake(
     k_cache: Tensor, v_cache: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any
 ) -> None:
@@ -27,17 +28,18 @@ def _outputs(query: Tensor, v_cache: Tensor, op: Any, given: Any, named: Any) ->
     packed = arguments["cu_seqlens_q"] is not None
     out = _empty_in_order_of(query, v_cache.shape[-1], packed)
     shape = _lse_shape(query, packed, arguments["bshd"])
-    return out, query.new_empty(shape, dtype=_real(query))
+    return out, query.new_empty(shape, dtype=real_dtype(query))
 
 
 def _bind(op: Any, given: Any, named: Any) -> dict[str, Any]:
     """All arguments by name: torch leaves out what is at its default at the end."""
     schema = op._schema.arguments
     defaults: dict[str, Any] = {a.name: a.default_value for a in schema if a.has_default_value()}
-    return defaults | dict(zip((a.name for a in schema), given, strict=False)) | named
+    positional: dict[str, Any] = dict(zip((a.name for a in schema), given, strict=False))
+    return {**defaults, **positional, **named}
 
 
-@_register_fake("fastattn::attention_with_cache")
+@register_fake("fastattn::attention_with_cache")
 def _attention_fake(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, **named: Any
 ) -> Any:
@@ -45,7 +47,7 @@ def _attention_fake(
     return _outputs(query, v_cache, attention_with_cache, given, named)
 
 
-@_register_fake("fastattn::attention_with_cache_")
+@register_fake("fastattn::attention_with_cache_")
 def _writing_attention_fake(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, **named: Any
 ) -> Any:

@@ -5,14 +5,14 @@ The kernels, and the checks of what they are given, are in the extension (csrc/b
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastattn import _C  # noqa: F401  (registers the ops)
+from fastattn._ops.common import real_dtype, register_fake
 from fastattn._ops.errors import checked, user_error
 
 norm_plain = torch.ops.fastattn.norm_plain.default
@@ -20,7 +20,6 @@ add_norm_plain = torch.ops.fastattn.add_norm_plain.default
 norm_forward = torch.ops.fastattn.norm_forward.default
 norm_backward = torch.ops.fastattn.norm_backward.default
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 # NormKind of csrc/include/fastattn/norm_params.h.
 LAYER, RMS, RMS_LLAMA, RMS_GEMMA = range(4)
@@ -127,15 +126,25 @@ class _TransformedNorm(torch.autograd.Function):
     backward = staticmethod(_backward)
 
 
-def _needs_autograd(*tensors: Tensor | None) -> bool:
+def _needs_autograd(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None = None
+) -> bool:
     """Whether something besides the results may be asked for: a gradient, a forward-mode tangent,
     or what a transform of torch.func wants (whose tensors do not tell whether they require grad).
     """
-    if torch.is_grad_enabled():
-        for x in tensors:
-            if x is not None and x.requires_grad:
-                return True
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+    return (
+        (
+            (
+                input.requires_grad
+                or (weight is not None and weight.requires_grad)
+                or (bias is not None and bias.requires_grad)
+                or (residual is not None and residual.requires_grad)
+            )
+            and torch.is_grad_enabled()
+        )
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 _NAMES = ("input", "residual", "weight", "bias", "philox")
@@ -166,7 +175,7 @@ def add_norm(
 ) -> tuple[Tensor, Tensor]:
     """(normalised, summed), differentiable where a gradient is needed."""
     tensors = (input, residual, weight, bias)
-    if _needs_autograd(*tensors):
+    if _needs_autograd(input, weight, bias, residual):
         philox, dropout_p = dropout.get("philox"), dropout.get("dropout_p", 0.0)
         return _differentiable(*tensors, philox, dims, kind, eps, dropout_p)[:2]
     if dropout:
@@ -194,14 +203,6 @@ def _differentiable(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         function.apply, *tensors, dims, kind, eps, dropout_p, names=_NAMES
     )
     return results
-
-
-def _register_fake(name: str) -> Callable[[_Function], _Function]:
-    return torch.library.register_fake(name)  # type: ignore[no-any-return]
-
-
-def _real(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _rows_in_order_of(
@@ -234,7 +235,7 @@ def _require_one_device(input: Tensor, **tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: expected a tensor on {input.device}, got {x.device}")
 
 
-@_register_fake("fastattn::norm_plain")
+@register_fake("fastattn::norm_plain")
 def _plain_fake(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, dims: int, kind: int, eps: float
 ) -> Tensor:
@@ -243,7 +244,7 @@ def _plain_fake(
     return _rows_in_order_of(input, dims, row, _out_dtype(input, weight, kind))
 
 
-@_register_fake("fastattn::add_norm_plain")
+@register_fake("fastattn::add_norm_plain")
 def _add_plain_fake(
     input: Tensor,
     residual: Tensor,
@@ -258,7 +259,7 @@ def _add_plain_fake(
     return _plain_fake(input, weight, bias, dims, kind, eps), _rows_in_order_of(input, dims, row)
 
 
-@_register_fake("fastattn::norm_forward")
+@register_fake("fastattn::norm_forward")
 def _forward_fake(
     input: Tensor,
     residual: Tensor | None,
@@ -275,10 +276,10 @@ def _forward_fake(
     normalised = _plain_fake(input, weight, bias, dims, kind, eps)
     summed = input.new_empty(0) if residual is None else _rows_in_order_of(input, dims, row)
     kept = (3,) if kind == LAYER else (1,)
-    return normalised, summed, _rows_in_order_of(input, dims, kept, _real(input))
+    return normalised, summed, _rows_in_order_of(input, dims, kept, real_dtype(input))
 
 
-@_register_fake("fastattn::norm_backward")
+@register_fake("fastattn::norm_backward")
 def _backward_fake(
     dnormalised: Tensor,
     dsummed: Tensor | None,

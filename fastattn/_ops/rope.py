@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.autograd.graph import increment_version
 
 from fastattn import _C  # noqa: F401  (registers the ops)
+from fastattn._ops.common import is_transformed, register_fake, written
 from fastattn._ops.errors import checked, require_one_device
 
 rope = torch.ops.fastattn.rope.default
@@ -19,7 +17,6 @@ rope_qk = torch.ops.fastattn.rope_qk.default
 rope_qk_ = torch.ops.fastattn.rope_qk_.default
 
 Options = dict[str, Any]
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _inverse(options: Options) -> Options:
@@ -133,14 +130,9 @@ class _RopeQKInPlace(torch.autograd.Function):
     backward = staticmethod(_backward_qk)
 
 
-def _special() -> bool:
-    """Whether something may be asked for that requires_grad does not tell."""
-    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, options: Options) -> Tensor:
     names = ("x", "cos", "sin")
-    if not _special() and not (x.requires_grad and torch.is_grad_enabled()):
+    if not is_transformed() and not (x.requires_grad and torch.is_grad_enabled()):
         out: Tensor = checked(rope, x, cos, sin, names=names, **options)
     else:
         function = _TransformedRope if torch._C._are_functorch_transforms_active() else _Rope
@@ -154,7 +146,7 @@ def rotate_qk(
     names = ("query", "key", "cos", "sin")
     outs: tuple[Tensor, Tensor]
     needs_grad = (query.requires_grad or key.requires_grad) and torch.is_grad_enabled()
-    if not needs_grad and not _special():
+    if not needs_grad and not is_transformed():
         outs = checked(rope_qk, query, key, cos, sin, names=names, **options)
     else:
         function = _TransformedRopeQK if torch._C._are_functorch_transforms_active() else _RopeQK
@@ -177,12 +169,12 @@ def rotate_in_place(x: Tensor, cos: Tensor, sin: Tensor, options: Options) -> Te
     if torch.compiler.is_compiling():
         if x.requires_grad and torch.is_grad_enabled():  # the compiler makes it in place again
             return x.copy_(rotate(x, cos, sin, options))
-    elif _special() or (x.requires_grad and torch.is_grad_enabled()):
+    elif is_transformed() or (x.requires_grad and torch.is_grad_enabled()):
         _check_writable("x", x)
         checked(_RopeInPlace.apply, x, cos, sin, options, names=names)
         return x
     checked(rope_, x, cos, sin, names=names, **options)
-    _written(x)
+    written(x)
     return x
 
 
@@ -195,39 +187,28 @@ def rotate_qk_in_place(
         if needs_grad:
             outs = rotate_qk(query, key, cos, sin, options)
             return query.copy_(outs[0]), key.copy_(outs[1])
-    elif _special() or needs_grad:
+    elif is_transformed() or needs_grad:
         _check_writable("query", query)
         _check_writable("key", key)
         checked(_RopeQKInPlace.apply, query, key, cos, sin, options, names=names)
         return query, key
     checked(rope_qk_, query, key, cos, sin, names=names, **options)
-    _written(query)
-    _written(key)
+    written(query, key)
     return query, key
 
 
-def _written(x: Tensor) -> None:
-    """Autograd learns that what was saved of x is gone: the dispatcher does not tell it."""
-    if not torch.compiler.is_compiling() and not x.is_inference():
-        increment_version(x)
-
-
-def _register_fake(name: str) -> Callable[[_Function], _Function]:
-    return torch.library.register_fake(name)  # type: ignore[no-any-return]
-
-
-@_register_fake("fastattn::rope")
+@register_fake("fastattn::rope")
 def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> Tensor:
     require_one_device(x=x, cos=cos, sin=sin)
     return torch.empty_like(x)
 
 
-@_register_fake("fastattn::rope_")
+@register_fake("fastattn::rope_")
 def _rope_in_place_fake(x: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any) -> None:
     require_one_device(x=x, cos=cos, sin=sin)
 
 
-@_register_fake("fastattn::rope_qk")
+@register_fake("fastattn::rope_qk")
 def _rope_qk_fake(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any
 ) -> tuple[Tensor, Tensor]:
@@ -235,7 +216,7 @@ def _rope_qk_fake(
     return torch.empty_like(query), torch.empty_like(key)
 
 
-@_register_fake("fastattn::rope_qk_")
+@register_fake("fastattn::rope_qk_")
 def _rope_qk_in_place_fake(
     query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, *_: Any, **__: Any
 ) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastattn._ops import kv_cache as _ops
+from fastattn._ops.common import written
 from fastattn._ops.errors import checked
 from fastattn.functional import _arguments
 from fastattn.functional._arguments import Window
@@ -114,6 +115,7 @@ def kv_cache_update(
         names=("k_cache", "v_cache", "key", "value", "positions"),
         **options,
     )
+    written(k_cache, v_cache, k_scale, v_scale)
 
 
 def attention_with_cache(
@@ -259,6 +261,7 @@ def attention_with_cache(
         names=("query", "k_cache", "v_cache", "key", "value", "cache_lengths"),
         **options,
     )
+    written(k_cache, v_cache, k_scale, v_scale)
     return (out, lse) if return_lse else out
 
 

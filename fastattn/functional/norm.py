@@ -167,7 +167,7 @@ def add_layer_norm(
     >>> torch.testing.assert_close(normalised, layer_norm(summed, 16, weight))
     """
     dims = _require_pair(input, residual, weight, bias)
-    dropout = _arguments.dropout(dropout_p, input)
+    dropout = _arguments.dropout(dropout_p, input) if dropout_p != 0.0 else {}
     return _ops.add_norm(input, residual, weight, bias, dims, _ops.LAYER, eps, dropout)
 
 
@@ -206,7 +206,7 @@ def add_rms_norm(
     """
     dims = _require_pair(input, residual, weight, None)
     kind = _kind(casting)
-    dropout = _arguments.dropout(dropout_p, input)
+    dropout = _arguments.dropout(dropout_p, input) if dropout_p != 0.0 else {}
     return _ops.add_norm(input, residual, weight, None, dims, kind, eps, dropout)
 
 
@@ -252,8 +252,9 @@ def qk_rms_norm(
 
 
 def _head_norm(name: str, x: Tensor, weight: Tensor | None, kind: int, eps: float) -> Tensor:
-    _arguments.require_tensors(**{name: x})
-    if weight is not None:
+    if not isinstance(x, Tensor):
+        _arguments.require_tensors(**{name: x})
+    if weight is not None and not isinstance(weight, Tensor):
         _arguments.require_tensors(**{f"{name}_weight": weight})
     if x.dim() < 1:
         raise ValueError(f"{name}: expected at least 1 dimension, got shape ()")
@@ -277,8 +278,11 @@ def _kind(casting: str) -> int:
 
 def _require_shape(input: Tensor, normalized_shape: int | Sequence[int]) -> int:
     """How many dimensions are normalised."""
-    _arguments.require_tensors(input=input)
+    if not isinstance(input, Tensor):
+        _arguments.require_tensors(input=input)
     if isinstance(normalized_shape, int | torch.SymInt):
+        if input.dim() > 0 and input.shape[-1] == normalized_shape:
+            return 1
         shape = [normalized_shape]
     elif isinstance(normalized_shape, Sequence) and not isinstance(normalized_shape, str):
         shape = list(normalized_shape)
@@ -297,9 +301,9 @@ def _require_shape(input: Tensor, normalized_shape: int | Sequence[int]) -> int:
 
 
 def _require_optional(weight: Tensor | None, bias: Tensor | None) -> None:
-    if weight is not None:
+    if weight is not None and not isinstance(weight, Tensor):
         _arguments.require_tensors(weight=weight)
-    if bias is not None:
+    if bias is not None and not isinstance(bias, Tensor):
         _arguments.require_tensors(bias=bias)
 
 
@@ -307,7 +311,8 @@ def _require_pair(
     input: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None
 ) -> int:
     """How many dimensions are normalised."""
-    _arguments.require_tensors(input=input, residual=residual)
+    if not (isinstance(input, Tensor) and isinstance(residual, Tensor)):
+        _arguments.require_tensors(input=input, residual=residual)
     _require_optional(weight, bias)
     dims = 1 if weight is None else weight.dim()
     if dims == 0:
