@@ -98,6 +98,20 @@ inline __m512i cvtps_epi32(__m512 x) {
       lanes_of<float>(x), [](float v) { return static_cast<int32_t>(__builtin_nearbyintf(v)); }));
 }
 
+inline __m512i cvtepi8_epi32(__m128i x) {
+  return vector_of<__m512i>(map<int32_t>(lanes_of<int8_t>(x), [](int8_t v) { return int32_t{v}; }));
+}
+
+inline __m128i cvtepi32_epi8(__m512i x) {
+  return vector_of<__m128i>(
+      map<uint8_t>(lanes_of<uint32_t>(x), [](uint32_t v) { return static_cast<uint8_t>(v); }));
+}
+
+inline __m512 cvtepi32_ps(__m512i x) {
+  return vector_of<__m512>(
+      map<float>(lanes_of<int32_t>(x), [](int32_t v) { return static_cast<float>(v); }));
+}
+
 inline __m512 cvtph_ps(__m256i x) {
   return vector_of<__m512>(
       map<float>(lanes_of<uint16_t>(x), [](uint16_t v) { return _cvtsh_ss(v); }));
@@ -202,6 +216,9 @@ inline void tile_dpbf16(int c_index, int a_index, int b_index) {
 #define _mm512_maskz_loadu_ps emulated::maskz_load<__m512, float>
 #define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtepi32_epi16 emulated::cvtepi32_epi16
+#define _mm512_cvtepi8_epi32 emulated::cvtepi8_epi32
+#define _mm512_cvtepi32_epi8 emulated::cvtepi32_epi8
+#define _mm512_cvtepi32_ps emulated::cvtepi32_ps
 #define _mm512_cvtps_epi32 emulated::cvtps_epi32
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #undef _mm512_cvtps_ph
