@@ -1,7 +1,5 @@
 #include "row_args.h"
 
-#include "output_memory.h"
-
 namespace fastattn::bind {
 namespace {
 
@@ -132,11 +130,7 @@ Tensor RowProblem::empty(Sizes row_sizes, int32_t dtype) const {
     strides[d] = next;
     next *= max_of<int64_t>(sizes[d], 1);
   }
-  Tensor tensor = empty_strided(Sizes(sizes, dims), Sizes(strides, dims), dtype, like_);
-  prefer_huge_pages(tensor, dtype == aoti_torch_dtype_float64()   ? 8
-                            : dtype == aoti_torch_dtype_float32() ? 4
-                                                                  : 2);
-  return tensor;
+  return empty_strided(Sizes(sizes, dims), Sizes(strides, dims), dtype, like_);
 }
 
 }  // namespace fastattn::bind
