@@ -3,6 +3,7 @@
 import doctest
 import importlib
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,15 @@ def test_examples_of_docstrings_run(name):
     results = doctest.testmod(module, extraglobs={"torch": torch, "math": math})
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_the_examples_of_the_readme_run():
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
+    assert len(blocks) >= 2
+    names = {}
+    for block in blocks:
+        exec(block, names)
 
 
 def test_the_support_matrix_is_what_runs():
