@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
     if arguments.command == "check":
-        from fastattn.testing import run_check
+        from fastattn.check import run_check
 
         return 0 if run_check() else 1
     if arguments.command == "support":

@@ -1,4 +1,4 @@
-"""Generators and comparators of the test suite, and the self check ``python -m fastattn check``.
+"""Generators and comparators of the test suite and of ``python -m fastattn check``.
 
 The accuracy contract, which ``assert_accurate`` implements, for every result of every op:
 
@@ -361,34 +361,3 @@ def cpu_level(name: str) -> Iterator[None]:
         yield
     finally:
         _C.set_cpu_level(before)
-
-
-def run_check() -> bool:
-    """Hold every level that this machine can run to the accuracy contract; prints a table."""
-    from fastattn import functional
-
-    cases: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-        "plain": ({"queries": 129, "head_dim": 64}, {}),
-        "causal": ({"queries": 65, "keys": 130, "head_dim": 80}, {"causal": True}),
-        "window": ({"queries": 200, "heads": 4, "kv_heads": 2}, {"window": (17, 5)}),
-        "softcap": ({"queries": 33, "head_dim_v": 24}, {"softcap": 5.0}),
-        "decode": ({"queries": 1, "keys": 1025, "heads": 8, "kv_heads": 2}, {"causal": True}),
-    }
-    passed = True
-    print(f"{'level':<10}{'dtype':<10}{'case':<10}error, in % of what the accuracy contract allows")
-    for level, obstacle in _C.cpu_levels():
-        if obstacle is not None:
-            print(f"{level:<10}not run: {obstacle}")
-            continue
-        with cpu_level(level):
-            for dtype in DTYPES:
-                for case, (shape, options) in cases.items():
-                    line = f"{level:<10}{str(dtype).removeprefix('torch.'):<10}{case:<10}"
-                    inputs = attention_inputs(**shape, dtype=dtype)
-                    try:
-                        used = check_attention(functional.attention, inputs, **options)
-                        print(f"{line}{100 * used:5.1f}  ok")
-                    except (AssertionError, RuntimeError) as error:
-                        passed = False
-                        print(f"{line}FAILED: {error}")
-    return passed
