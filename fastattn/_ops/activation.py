@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastattn import _C  # noqa: F401  (registers the ops)
-from fastattn._ops.common import register_fake
+from fastattn._ops.common import is_transformed, register_fake
 from fastattn._ops.errors import require_one_device, user_error
 
 activation = torch.ops.fastattn.activation.default
@@ -137,13 +136,9 @@ def _needs_autograd(first: Tensor, second: Tensor | None) -> bool:
     """Whether something besides the result may be asked for: a gradient, a tangent, or what a
     transform of torch.func wants (whose tensors do not tell whether they require grad)."""
     return (
-        (
-            (first.requires_grad or (second is not None and second.requires_grad))
-            and torch.is_grad_enabled()
-        )
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
+        (first.requires_grad or (second is not None and second.requires_grad))
+        and torch.is_grad_enabled()
+    ) or is_transformed()
 
 
 # Small calls take a few microseconds: so these two do without `checked`, which would take a fifth

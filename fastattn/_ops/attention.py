@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from fastattn import _C  # noqa: F401  (registers the ops)
-from fastattn._ops.common import real_dtype, register_fake
+from fastattn._ops.common import is_transformed, real_dtype, register_fake
 from fastattn._ops.errors import checked, user_error
 
 attention_plain = torch.ops.fastattn.attention_plain.default
@@ -139,13 +138,9 @@ def needs_autograd(query: Tensor, key: Tensor, value: Tensor) -> bool:
     or what a transform of torch.func wants (whose tensors do not tell whether they require grad).
     """
     return (
-        (
-            (query.requires_grad or key.requires_grad or value.requires_grad)
-            and torch.is_grad_enabled()
-        )
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
+        (query.requires_grad or key.requires_grad or value.requires_grad)
+        and torch.is_grad_enabled()
+    ) or is_transformed()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor]:

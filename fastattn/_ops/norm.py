@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastattn import _C  # noqa: F401  (registers the ops)
-from fastattn._ops.common import real_dtype, register_fake
+from fastattn._ops.common import is_transformed, real_dtype, register_fake
 from fastattn._ops.errors import checked, user_error
 
 norm_plain = torch.ops.fastattn.norm_plain.default
@@ -134,17 +133,13 @@ def _needs_autograd(
     """
     return (
         (
-            (
-                input.requires_grad
-                or (weight is not None and weight.requires_grad)
-                or (bias is not None and bias.requires_grad)
-                or (residual is not None and residual.requires_grad)
-            )
-            and torch.is_grad_enabled()
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
         )
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
+        and torch.is_grad_enabled()
+    ) or is_transformed()
 
 
 _NAMES = ("input", "residual", "weight", "bias", "philox")
