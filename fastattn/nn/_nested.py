@@ -1,0 +1,47 @@
+"""Jagged nested tensors: rows of all sequences in one tensor, without padding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_nested", "pack", "rows"]
+
+
+def is_nested(name: str, x: Tensor) -> bool:
+    """Whether x is a jagged nested tensor; TypeError for a nested one of another layout."""
+    if not x.is_nested:
+        return False
+    if x.layout != torch.jagged:
+        raise TypeError(
+            f"{name}: expected a dense tensor or a nested one with layout torch.jagged, got a "
+            f"nested one with layout {x.layout}"
+        )
+    ragged: Any = x
+    if x.dim() < 2 or ragged._ragged_idx != 1:
+        raise ValueError(f"{name}: expected shape (batch, ragged length, ...), got {x.shape}")
+    return True
+
+
+def rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of all sequences, (total, ...), and their bounds, (sequences + 1) int64."""
+    nested = _without_gaps(x)
+    return nested.values(), nested.offsets()
+
+
+def pack(values: Tensor, like: Tensor) -> Tensor:
+    """Rows as a nested tensor with the sequences of ``like``."""
+    nested = _without_gaps(like)
+    return torch.nested.nested_tensor_from_jagged(
+        values,
+        nested.offsets(),
+        min_seqlen=nested._maybe_min_seqlen,
+        max_seqlen=nested._maybe_max_seqlen,
+    )
+
+
+def _without_gaps(x: Any) -> Any:
+    """x itself, unless there are rows between its sequences."""
+    return x if x.lengths() is None else x.contiguous()
