@@ -54,10 +54,16 @@ _AVX512 = [
     *(*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"),
     *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),  # gcc 12's own _mm512_undefined_ps()
 ]
-_AMX = [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
-LEVEL_FLAGS = {"scalar": [], "avx2": _AVX2, "avx512": _AVX512, "amx": _AMX}
+_AVX512BF16 = [*_AVX512, "-mavx512bf16"]
+LEVEL_FLAGS = {
+    "scalar": [],
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512bf16": _AVX512BF16,
+    "amx": [*_AVX512BF16, "-mamx-tile", "-mamx-bf16"],
+}
 LEVEL_ISOLATION_FLAGS = ["-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics"]
-EMULATED_LEVELS = ("avx512", "amx")
+EMULATED_LEVELS = ("avx512", "avx512bf16", "amx")
 EMULATION_FLAGS = [
     *(*_AVX2, "-DFASTATTN_CPU_EMULATE", "-Itests/emulator/cpu", "-Wno-psabi"),
     "-O2",  # -O3 unrolls the emulated loops for minutes

@@ -122,7 +122,7 @@ extern const AttentionKernels kScalarAttentionF64;
 #if defined(__x86_64__)
 extern const AttentionTable kAvx2Attention;
 extern const AttentionTable kAvx512Attention;
-extern const AttentionTable kAmxAttention;
+extern const AttentionKernels kDotAttentionBf16, kAmxAttentionBf16;
 #endif
 
 // The table for this dtype at the active level (float64: always scalar).

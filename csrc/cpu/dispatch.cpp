@@ -19,7 +19,7 @@
 namespace fastattn::cpu {
 namespace {
 
-constexpr const char* kLevelNames[kNumLevels] = {"scalar", "avx2", "avx512", "amx"};
+constexpr const char* kLevelNames[kNumLevels] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
 
 #if defined(__x86_64__)
 
@@ -65,13 +65,17 @@ const char* avx512_obstacle() {
   return os_saves(kZmmState) ? nullptr : "the operating system does not save AVX-512 registers";
 }
 
+const char* avx512bf16_obstacle() {
+  constexpr unsigned kAvx512Bf16 = 1u << 5;
+  return has_bits(CpuidLeaf(7, 1).eax, kAvx512Bf16) ? nullptr : "the CPU lacks AVX512-BF16";
+}
+
 const char* amx_obstacle() {
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   constexpr unsigned kTileState = 0x60000;
   if (!has_bits(CpuidLeaf(7, 0).edx, kAmxBf16 | kAmxTile)) {
     return "the CPU lacks AMX-TILE or AMX-BF16";
   }
-  if (!has_bits(CpuidLeaf(7, 1).eax, kAvx512Bf16)) return "the CPU lacks AVX512-BF16";
   if (!os_saves(kTileState)) return "the operating system does not save AMX tiles";
 #if defined(__linux__)
   // Tile data is large, so Linux hands it out per process, on request.
@@ -93,15 +97,19 @@ struct Obstacles {
 
 Obstacles find_obstacles() {
 #if defined(FASTATTN_CPU_EMULATE)
-  return {{nullptr, nullptr, nullptr, nullptr}};
+  return {};
 #elif defined(__x86_64__)
-  Obstacles found = {{nullptr, avx2_obstacle(), nullptr, nullptr}};
-  found.of[2] = found.of[1] != nullptr ? found.of[1] : avx512_obstacle();
-  found.of[3] = found.of[2] != nullptr ? found.of[2] : amx_obstacle();
+  // Each level stands on the one below it.
+  constexpr const char* (*kObstacle[])() = {avx2_obstacle, avx512_obstacle, avx512bf16_obstacle,
+                                            amx_obstacle};
+  Obstacles found = {};
+  for (int i = 1; i < kNumLevels; ++i) {
+    found.of[i] = found.of[i - 1] != nullptr ? found.of[i - 1] : kObstacle[i - 1]();
+  }
   return found;
 #else
   constexpr const char* kReason = "not an x86-64 CPU";
-  return {{nullptr, kReason, kReason, kReason}};
+  return {{nullptr, kReason, kReason, kReason, kReason}};
 #endif
 }
 
@@ -125,11 +133,10 @@ std::atomic<Level>& level_limit() {
   return limit;
 }
 
-// The tables of a level. AMX adds tile products, which only attention has.
+// The tables of a level. What stands above avx512 has products of bfloat16, for attention.
 const AttentionTable& attention_table(Level level) {
 #if defined(__x86_64__)
-  if (level == Level::kAmx) return kAmxAttention;
-  if (level == Level::kAvx512) return kAvx512Attention;
+  if (level >= Level::kAvx512) return kAvx512Attention;
   if (level == Level::kAvx2) return kAvx2Attention;
 #endif
   (void)level;
@@ -179,7 +186,12 @@ void set_level_limit(Level limit) {
 
 const AttentionKernels& attention_kernels(DType dtype) {
   if (dtype == DType::kFloat64) return kScalarAttentionF64;
-  return of_dtype(attention_table(active_level()), dtype);
+  const Level level = active_level();
+#if defined(__x86_64__)
+  if (dtype == DType::kBFloat16 && level == Level::kAmx) return kAmxAttentionBf16;
+  if (dtype == DType::kBFloat16 && level == Level::kAvx512Bf16) return kDotAttentionBf16;
+#endif
+  return of_dtype(attention_table(level), dtype);
 }
 
 const RowwiseKernels& rowwise_kernels(DType dtype) {

@@ -1,17 +1,16 @@
-// AMX-BF16 tiles: with vec_avx512.h, all the intrinsics of the amx level.
+// AMX-BF16 tiles: with vec_avx512_bf16.h, which says how operands lie, all the intrinsics of the
+// amx level.
 //
-// A tile is 16 rows of 64 bytes. The left operand holds 16 rows of 32 bfloat16; the right operand
-// holds 32 rows of 16 columns as 16 rows of 32-bit pairs: row r, column n is the pair of rows (2 r,
-// 2 r + 1) of column n. The product adds to 16 x 16 float.
+// A tile is 16 rows of 64 bytes. The left operand holds 16 rows of 32 bfloat16. The product adds to
+// 16 x 16 float.
 #pragma once
 
-#include "vec_avx512.h"
+#include "vec_avx512_bf16.h"
 
 namespace fastattn::cpu {
 namespace {
 
-constexpr int kTileRows = 16, kTileColumns = 16, kTileDepth = 32;
-constexpr int kTileElements = kTileRows * kTileDepth;  // bfloat16 in one operand tile
+constexpr int kTileRows = 16;
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -73,21 +72,6 @@ FA_INLINE void multiply_tiles(const bf16* a, int64_t lda, const bf16* b, int64_t
   if constexpr (kColumns == 2) _tile_stored(1, c + kTileColumns, c_stride);
   if constexpr (kRows == 2) _tile_stored(2, c_below, c_stride);
   if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, c_below + kTileColumns, c_stride);
-}
-
-FA_INLINE __m256i round_to_bf16(VecAvx512 x) {
-  return (__m256i)_mm512_cvtneps_pbh(x.v);
-}
-
-FA_INLINE void store_rounded(VecAvx512 x, bf16* out) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), round_to_bf16(x));
-}
-
-// One row of an operand tile: 16 pairs (low[n], high[n]).
-FA_INLINE void store_pairs(VecAvx512 low, VecAvx512 high, bf16* out) {
-  const __m512i low_bits = _mm512_cvtepu16_epi32(round_to_bf16(low));
-  const __m512i high_bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(round_to_bf16(high)), 16);
-  _mm512_storeu_si512(out, _mm512_or_si512(low_bits, high_bits));
 }
 
 }  // namespace

@@ -20,6 +20,7 @@ REGISTERS = {"ymm": re.compile(r"%ymm\d"), "zmm": re.compile(r"%zmm\d"), "tmm": 
 ALLOWED = {
     "avx2": {"ymm"},
     "avx512": {"ymm", "zmm"},
+    "avx512bf16": {"ymm", "zmm"},
     "amx": {"ymm", "zmm", "tmm"},
 }
 

@@ -19,8 +19,8 @@ struct Threads {
 namespace cpu {
 
 // The levels, slowest first; each one includes the features of those before it.
-enum class Level : int32_t { kScalar, kAvx2, kAvx512, kAmx };
-constexpr int kNumLevels = 4;
+enum class Level : int32_t { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+constexpr int kNumLevels = 5;
 
 const char* level_name(Level level);
 

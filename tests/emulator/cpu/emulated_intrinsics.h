@@ -145,6 +145,22 @@ inline float reduce_max(__m512 x) {
   return reduce(x, [](float a, float b) { return a > b ? a : b; });
 }
 
+// VDPBF16PS: the odd product of each pair is added first, then the even one; subnormal numbers are
+// zero.
+inline __m512 dpbf16_ps(__m512 sum, __m512i a, __m512i b) {
+  const auto flushed = [](float x) { return __builtin_fabsf(x) < 0x1p-126f ? x * 0.0f : x; };
+  const Lanes<uint32_t> x = lanes_of<uint32_t>(a), y = lanes_of<uint32_t>(b);
+  Lanes<float> result = lanes_of<float>(sum);
+  for (int i = 0; i < 16; ++i) {
+    for (int shift = 16; shift >= 0; shift -= 16) {
+      const float left = flushed(bf16_to_float(static_cast<uint16_t>(x.lane[i] >> shift)));
+      const float right = flushed(bf16_to_float(static_cast<uint16_t>(y.lane[i] >> shift)));
+      result.lane[i] = flushed(__builtin_fmaf(left, right, flushed(result.lane[i])));
+    }
+  }
+  return vector_of<__m512>(result);
+}
+
 // The eight tiles of a thread: 16 rows of 64 bytes. Using them unconfigured ends the program, as
 // the hardware would.
 struct Tiles {
@@ -224,6 +240,8 @@ inline void tile_dpbf16(int c_index, int a_index, int b_index) {
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph(x, rounding) emulated::cvtps_ph(x)
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
+#define __m512bh __m512i
+#define _mm512_dpbf16_ps emulated::dpbf16_ps
 #define _mm512_reduce_add_ps emulated::reduce_add
 #define _mm512_reduce_max_ps emulated::reduce_max
 #undef _mm512_shuffle_f32x4
