@@ -29,17 +29,28 @@ FA_INLINE void store_pairs(VecAvx512 low, VecAvx512 high, bf16* out) {
   _mm512_storeu_si512(out, _mm512_or_si512(low_bits, high_bits));
 }
 
-// Sixteen pairs.
+// Sixteen pairs, or 32 numbers side by side.
 struct PairsAvx512 {
   __m512i v;
 
+  static PairsAvx512 zero() {
+    return {_mm512_setzero_si512()};
+  }
   static PairsAvx512 load(const bf16* p) {
     return {_mm512_loadu_si512(p)};
+  }
+  // The first n numbers, zeros behind them.
+  static PairsAvx512 load_n(const bf16* p, int n) {
+    if (n >= 32) return load(p);
+    return {_mm512_maskz_loadu_epi16((1u << n) - 1, p)};
   }
   static PairsAvx512 broadcast(const bf16* pair) {
     int32_t bits;
     memcpy(&bits, pair, sizeof(bits));
     return {_mm512_set1_epi32(bits)};
+  }
+  void store(bf16* p) const {
+    _mm512_storeu_si512(p, v);
   }
 };
 
@@ -47,6 +58,38 @@ struct PairsAvx512 {
 FA_INLINE VecAvx512 dot(PairsAvx512 a, PairsAvx512 b, VecAvx512 sum) {
   return {_mm512_dpbf16_ps(sum.v, (__m512bh)a.v, (__m512bh)b.v)};
 }
+
+// Pair c of row r becomes pair r of row c.
+FA_INLINE void transpose(PairsAvx512 (&x)[16]) {
+  VecAvx512 square[16];
+  for (int i = 0; i < 16; ++i) square[i].v = _mm512_castsi512_ps(x[i].v);
+  transpose(square);
+  for (int i = 0; i < 16; ++i) x[i].v = _mm512_castps_si512(square[i].v);
+}
+
+// Two rows of 32 numbers become the pairs (low[n], high[n]): the first 16 in low, the others in
+// high.
+FA_INLINE void interleave(PairsAvx512& low, PairsAvx512& high) {
+  const __m512i numbers =
+      _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                       37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i first = low.v, second = high.v;
+  low.v = _mm512_permutex2var_epi16(first, numbers, second);
+  high.v =
+      _mm512_permutex2var_epi16(first, _mm512_add_epi16(numbers, _mm512_set1_epi16(16)), second);
+}
+
+// Whether all numbers that passed by were finite.
+struct FinitePairsProbe {
+  __m512i largest = _mm512_setzero_si512();
+  void see(PairsAvx512 x) {
+    const __m512i magnitude = _mm512_and_si512(x.v, _mm512_set1_epi16(0x7fff));
+    largest = _mm512_max_epi16(largest, magnitude);
+  }
+  bool all_finite() const {
+    return _mm512_cmpgt_epi16_mask(largest, _mm512_set1_epi16(0x7f7f)) == 0;
+  }
+};
 
 }  // namespace
 }  // namespace fastattn::cpu

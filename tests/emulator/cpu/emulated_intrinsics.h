@@ -51,6 +51,26 @@ Vector maskz_load(__mmask16 mask, const void* p) {
   return vector_of<Vector>(result);
 }
 
+// 32 numbers of 16 bits.
+inline __m512i maskz_load_halves(__mmask32 mask, const void* p) {
+  uint16_t lanes[32] = {};
+  for (int i = 0; i < 32; ++i) {
+    if (mask >> i & 1) memcpy(&lanes[i], static_cast<const uint16_t*>(p) + i, sizeof(lanes[i]));
+  }
+  __m512i result;
+  memcpy(&result, lanes, sizeof(result));
+  return result;
+}
+
+inline __mmask32 cmpgt_halves(__m512i a, __m512i b) {
+  int16_t x[32], y[32];
+  memcpy(x, &a, sizeof(x));
+  memcpy(y, &b, sizeof(y));
+  __mmask32 mask = 0;
+  for (int i = 0; i < 32; ++i) mask |= static_cast<__mmask32>(x[i] > y[i]) << i;
+  return mask;
+}
+
 template <typename T, typename Vector>
 void mask_store(void* p, __mmask16 mask, const Vector& vector) {
   const Lanes<T> lanes = lanes_of<T>(vector);
@@ -227,6 +247,8 @@ inline void tile_dpbf16(int c_index, int a_index, int b_index) {
 
 #define _mm256_mask_storeu_epi16 emulated::mask_store<uint16_t>
 #define _mm256_maskz_loadu_epi16 emulated::maskz_load<__m256i, uint16_t>
+#define _mm512_maskz_loadu_epi16 emulated::maskz_load_halves
+#define _mm512_cmpgt_epi16_mask emulated::cmpgt_halves
 #define _mm512_mask_storeu_ps emulated::mask_store<float>
 #define _mm512_stream_ps emulated::stream<float>
 #define _mm512_maskz_loadu_ps emulated::maskz_load<__m512, float>
