@@ -4,6 +4,8 @@ from fastattn.nn.activation import GELU
 from fastattn.nn.cache import KVCache, OutOfPages, PagedKVCache, SlidingWindowKVCache
 from fastattn.nn.multihead_attention import MultiheadAttention
 from fastattn.nn.norm import LayerNorm, RMSNorm
+from fastattn.nn.transformer import Transformer, TransformerDecoder, TransformerEncoder
+from fastattn.nn.transformer_layers import TransformerDecoderLayer, TransformerEncoderLayer
 
 __all__ = [
     "GELU",
@@ -14,4 +16,9 @@ __all__ = [
     "PagedKVCache",
     "RMSNorm",
     "SlidingWindowKVCache",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
 ]
