@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import functional
+from fastattn.nn.activation import GELU
 
 __all__ = ["ACTIVATIONS", "Activation", "activate", "activation_name", "projected"]
 
@@ -63,7 +64,7 @@ def activation_name(activation: Activation) -> str | None:
 
 
 def _module_name(module: nn.Module) -> str | None:
-    if isinstance(module, nn.GELU):
+    if type(module) in (nn.GELU, GELU):
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
 
