@@ -27,8 +27,9 @@ def add_norm(
         x = dropout(x)
     elif dropout.training:
         dropout_p = dropout.p
-    # Under autocast a projection has a narrower dtype than the residual; the sum keeps the wider.
-    dtype = torch.promote_types(x.dtype, residual.dtype)
+    if x.dtype != residual.dtype:  # under autocast; the sum has the wider dtype
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
     return functional.add_layer_norm(
-        x.to(dtype), residual.to(dtype), norm.weight, norm.bias, norm.eps, dropout_p=dropout_p
+        x, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p
     )
