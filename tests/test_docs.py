@@ -23,6 +23,7 @@ MODULES = (
     "fastattn.nn.activation",
     "fastattn.nn.cache.contiguous",
     "fastattn.nn.cache.paged",
+    "fastattn.nn.multihead_attention",
     "fastattn.nn.norm",
     "fastattn.support",
 )
