@@ -24,6 +24,7 @@ MODULES = (
     "fastattn.nn.activation",
     "fastattn.nn.cache.contiguous",
     "fastattn.nn.cache.paged",
+    "fastattn.nn.multihead_attention",
     "fastattn.nn.transformer",
     "fastattn.nn.transformer_layers",
     "fastattn.nn.norm",
