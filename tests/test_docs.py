@@ -12,6 +12,7 @@ import torch
 from fastattn.support import support
 
 MODULES = (
+    "fastattn.convert",
     "fastattn.functional.activation",
     "fastattn.functional.attention",
     "fastattn.functional.helpers",
@@ -20,8 +21,13 @@ MODULES = (
     "fastattn.functional.norm",
     "fastattn.functional.weights",
     "fastattn.info",
+    "fastattn.nn.activation",
     "fastattn.nn.cache.contiguous",
     "fastattn.nn.cache.paged",
+    "fastattn.nn.multihead_attention",
+    "fastattn.nn.transformer",
+    "fastattn.nn.transformer_layers",
+    "fastattn.nn.norm",
     "fastattn.support",
 )
 
