@@ -1,5 +1,22 @@
 """Modules and caches for transformers."""
 
+from fastattn.nn.attention import Attention
+from fastattn.nn.block import TransformerBlock
 from fastattn.nn.cache import KVCache, OutOfPages, PagedKVCache, SlidingWindowKVCache
+from fastattn.nn.feed_forward import FeedForward, GatedFeedForward
+from fastattn.nn.positions import ALiBi, LearnedPositions, RotaryEmbedding, SinusoidalPositions
 
-__all__ = ["KVCache", "OutOfPages", "PagedKVCache", "SlidingWindowKVCache"]
+__all__ = [
+    "ALiBi",
+    "Attention",
+    "FeedForward",
+    "GatedFeedForward",
+    "KVCache",
+    "LearnedPositions",
+    "OutOfPages",
+    "PagedKVCache",
+    "RotaryEmbedding",
+    "SinusoidalPositions",
+    "SlidingWindowKVCache",
+    "TransformerBlock",
+]

@@ -1,0 +1,383 @@
+"""The attention sublayer of any transformer: projections, positions, caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastattn import functional
+from fastattn.functional._arguments import Window
+from fastattn.nn._nested import is_nested, pack, rows
+from fastattn.nn.cache import SlidingWindowKVCache
+from fastattn.nn.cache.base import BaseCache, require_sizes
+from fastattn.nn.positions import ALiBi, RotaryEmbedding, packed_positions
+
+__all__ = ["Attention"]
+
+QKNorm = str | Callable[[int], nn.Module]
+
+
+class _Given(NamedTuple):
+    """The optional arguments of one call."""
+
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    query_lengths: Tensor | None = None
+    key_lengths: Tensor | None = None
+    positions: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    context_cu_seqlens: Tensor | None = None
+    max_seqlen: int | None = None
+
+
+class Attention(nn.Module):
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_head_dim: int | None = None,
+        context_dim: int | None = None,
+        causal: bool = False,
+        window: Window | None = None,
+        rope: RotaryEmbedding | None = None,
+        alibi: bool = False,
+        relative_bias: nn.Module | None = None,
+        qk_norm: QKNorm | None = None,
+        qk_norm_over: str = "head",
+        softcap: float | None = None,
+        sinks: bool = False,
+        gate: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
+        bias: bool | tuple[bool, bool, bool] = False,
+        out_bias: bool | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        require_sizes(embed_dim=embed_dim, num_heads=num_heads)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        head_dim = _default_head_dim(embed_dim, num_heads) if head_dim is None else head_dim
+        value_head_dim = head_dim if value_head_dim is None else value_head_dim
+        context_dim = embed_dim if context_dim is None else context_dim
+        require_sizes(
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            value_head_dim=value_head_dim,
+            context_dim=context_dim,
+        )
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads: expected a divisor of {num_heads}, got {num_kv_heads}")
+        if not isinstance(causal, bool):
+            raise TypeError(f"causal: expected a bool, got {type(causal).__name__}")
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout: expected a probability from 0 to 1, got {dropout}")
+        if rope is not None and rope.rotary_dim > head_dim:
+            raise ValueError(
+                f"rope: expected a rotary_dim of at most head_dim, {head_dim}, got "
+                f"{rope.rotary_dim}"
+            )
+        if qk_norm_over not in ("head", "projection"):
+            raise ValueError(f"qk_norm_over: expected 'head' or 'projection', got {qk_norm_over!r}")
+        q_bias, k_bias, v_bias = (bias,) * 3 if isinstance(bias, bool) else bias
+        out_bias = q_bias if out_bias is None else out_bias
+
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.value_head_dim = value_head_dim
+        self.context_dim = context_dim
+        self.causal = causal
+        self.window = window
+        self.softcap = softcap
+        self.scale = scale
+        self.dropout = dropout
+        self.qk_norm_over = qk_norm_over
+
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        q_dim, k_dim = num_heads * head_dim, num_kv_heads * head_dim
+        out_dim = num_heads * value_head_dim
+        self.q_proj = nn.Linear(embed_dim, q_dim, bias=q_bias, **factory)
+        self.k_proj = nn.Linear(context_dim, k_dim, bias=k_bias, **factory)
+        self.v_proj = nn.Linear(context_dim, num_kv_heads * value_head_dim, bias=v_bias, **factory)
+        self.o_proj = nn.Linear(out_dim, embed_dim, bias=out_bias, **factory)
+        self.gate_proj = nn.Linear(embed_dim, out_dim, bias=out_bias, **factory) if gate else None
+        per_head = qk_norm_over == "head"
+        self.q_norm = _norm(qk_norm, head_dim if per_head else q_dim, factory)
+        self.k_norm = _norm(qk_norm, head_dim if per_head else k_dim, factory)
+        self.rope = rope
+        self.relative_bias = relative_bias
+        self.alibi = ALiBi(num_heads, device=device) if alibi else None
+        self.sinks = nn.Parameter(torch.zeros(num_heads, **factory)) if sinks else None
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        query_lengths: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        positions: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        context_cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        cache: BaseCache | None = None,
+        layer: int | None = None,
+    ) -> Tensor:
+        given = _Given(
+            *(mask, bias, query_lengths, key_lengths),
+            *(positions, cu_seqlens, context_cu_seqlens, max_seqlen),
+        )
+        if is_nested("x", x):
+            return self._of_nested(x, context, given, cache)
+        self._require(x, context, given)
+        query = self._heads(self.q_proj(x), self.q_norm, self.head_dim)
+        if cache is not None and context is None:
+            attended = self._attend_cache(x, query, given, cache, _layer(cache, layer))
+        else:
+            key, value = self._keys_and_values(x if context is None else context)
+            if self.rope is not None:
+                query, key = self._rotated(query, key, given)
+            if cache is not None:
+                self._fill(cache, _layer(cache, layer), key, value, given)
+            attended = self._attend(query, key, value, given)
+        out = attended.flatten(-2)
+        if self.gate_proj is not None:
+            out = out * self.gate_proj(x).sigmoid()
+        projected: Tensor = self.o_proj(out)
+        return projected
+
+    def _keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
+        key = self._heads(self.k_proj(source), self.k_norm, self.head_dim)
+        return key, self._heads(self.v_proj(source), None, self.value_head_dim)
+
+    def _heads(self, projected: Tensor, norm: nn.Module | None, head_dim: int) -> Tensor:
+        """(*, length, heads, head_dim): a view of the projection, or what the norm makes of it."""
+        if norm is not None and self.qk_norm_over == "projection":
+            projected = norm(projected)
+        heads = projected.unflatten(-1, (-1, head_dim))
+        if norm is not None and self.qk_norm_over == "head":
+            heads = norm(heads)
+        return heads
+
+    def _rotated(self, query: Tensor, key: Tensor, given: _Given) -> tuple[Tensor, Tensor]:
+        rope, positions, length = self.rope, given.positions, query.shape[-3]
+        assert rope is not None
+        if given.cu_seqlens is not None:
+            if positions is None:
+                positions = packed_positions(given.cu_seqlens, length)
+            if given.max_seqlen is not None or not rope.covers(length):
+                length = _longest(given)
+        return rope(query, key, positions, length=length)
+
+    def _score_options(self) -> dict[str, Any]:
+        return {
+            "causal": self.causal,
+            "window": self.window,
+            "alibi_slopes": None if self.alibi is None else self.alibi(),
+            "sink": self.sinks,
+            "softcap": self.softcap,
+            "scale": self.scale,
+        }
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, given: _Given) -> Tensor:
+        options = self._score_options()
+        options["dropout_p"] = self.dropout if self.training else 0.0
+        options["mask"] = given.mask
+        options["query_lengths"] = given.query_lengths
+        options["key_lengths"] = given.key_lengths
+        if given.cu_seqlens is None:
+            queries, keys = query.shape[-3], key.shape[-3]
+            options["bias"] = self._bias(given, queries, keys, keys - queries)
+            out = functional.attention(query, key, value, layout="bshd", **options)
+        else:
+            longest = given.max_seqlen if self.relative_bias is None else _longest(given)
+            options["bias"] = self._bias(given, longest, longest, 0)
+            key_bounds = given.context_cu_seqlens
+            key_bounds = given.cu_seqlens if key_bounds is None else key_bounds
+            bounds = (given.cu_seqlens, key_bounds, longest, longest)
+            out = functional.attention_varlen(query, key, value, *bounds, **options)
+        assert isinstance(out, Tensor)
+        return out
+
+    def _bias(
+        self, given: _Given, queries: int | None, keys: int | None, offset: int | Tensor
+    ) -> Tensor | None:
+        """What is added to the scores: bias, relative_bias, or their sum."""
+        if self.relative_bias is None:
+            return given.bias
+        relative: Tensor = self.relative_bias(queries, keys, query_offset=offset)
+        return relative if given.bias is None else given.bias + relative
+
+    def _attend_cache(
+        self, x: Tensor, query: Tensor, given: _Given, cache: BaseCache, layer: int
+    ) -> Tensor:
+        """Writes x behind the rows of the cache if causal, and attends to all of them."""
+        self._require_cache(given, cache)
+        options = self._score_options()
+        key = value = None
+        if self.causal:
+            key, value = self._keys_and_values(x)
+            if self.rope is not None and given.positions is not None:
+                query, key = self.rope(query, key, given.positions, length=cache.capacity)
+            elif self.rope is not None:
+                options["rope"] = self.rope.tables(cache.capacity)
+                options["interleaved"] = self.rope.interleaved
+        if isinstance(cache, SlidingWindowKVCache):
+            options["window"] = None  # it has its own, the same
+        queries = x.shape[-2] if given.max_seqlen is None else given.max_seqlen
+        out = cache.attend(
+            layer,
+            *(None if part is None else _as_in(cache, part) for part in (query, key, value)),
+            mask=given.mask,
+            bias=self._bias(given, queries, cache.capacity, cache.lengths),
+            query_lengths=given.query_lengths,
+            cu_seqlens_q=given.cu_seqlens,
+            **options,
+        )
+        return _as_in(cache, out)
+
+    def _fill(
+        self, cache: BaseCache, layer: int, key: Tensor, value: Tensor, given: _Given
+    ) -> None:
+        """Writes the keys and values of a context, for the calls that come without it."""
+        cache.update(
+            *(layer, _as_in(cache, key), _as_in(cache, value)),
+            lengths=given.key_lengths,
+            cu_seqlens=given.context_cu_seqlens,
+        )
+
+    def _of_nested(
+        self, x: Tensor, context: Tensor | None, given: _Given, cache: BaseCache | None
+    ) -> Tensor:
+        for name in ("mask", "bias", "query_lengths", "key_lengths", "cu_seqlens"):
+            if getattr(given, name) is not None:
+                raise ValueError(f"{name}: expected None with nested sequences, got another")
+        if cache is not None:
+            raise ValueError("cache: expected None with nested sequences, got another")
+        packed, bounds = rows(x)
+        context_bounds = None
+        if context is not None:
+            if not is_nested("context", context):
+                raise ValueError("context: expected nested sequences, as x is, got a dense tensor")
+            context, context_bounds = rows(context)
+        out = self(
+            *(packed, context),
+            positions=given.positions,
+            cu_seqlens=bounds,
+            context_cu_seqlens=context_bounds,
+            max_seqlen=given.max_seqlen,
+        )
+        return pack(out, like=x)
+
+    def _require(self, x: Tensor, context: Tensor | None, given: _Given) -> None:
+        packed = given.cu_seqlens is not None
+        _require_rows("x", x, self.embed_dim, packed)
+        if context is not None:
+            _require_rows("context", context, self.context_dim, packed)
+            if self.rope is not None:
+                raise ValueError(
+                    "context: expected None with rope, which compares positions in one sequence, "
+                    "got a tensor"
+                )
+        if packed and (context is None) != (given.context_cu_seqlens is None):
+            raise ValueError("context_cu_seqlens: expected together with cu_seqlens and context")
+
+    def _require_cache(self, given: _Given, cache: BaseCache) -> None:
+        if given.key_lengths is not None:
+            raise ValueError(
+                "key_lengths: expected None with a cache, whose lengths count the keys "
+                "(query_lengths tells how many rows of x are new), got a tensor"
+            )
+        if self.training and self.dropout > 0.0:
+            raise ValueError("cache: expected None in training with dropout, got a cache")
+        if self.rope is not None and not self.causal:
+            raise ValueError("cache: expected None with rope unless causal, got a cache")
+        if isinstance(cache, SlidingWindowKVCache):
+            window = None if self.window is None else self.window[0]
+            if window != cache.window:
+                raise ValueError(
+                    f"cache: expected the window of this module, {self.window}, got one of "
+                    f"({cache.window}, 0)"
+                )
+
+    def extra_repr(self) -> str:
+        given = f"{self.embed_dim}, {self.num_heads}"
+        defaults = {
+            "num_kv_heads": self.num_heads,
+            "head_dim": self.embed_dim / self.num_heads,
+            "value_head_dim": self.head_dim,
+            "context_dim": self.embed_dim,
+            "causal": False,
+            "window": None,
+            "qk_norm_over": "head",
+            "softcap": None,
+            "scale": None,
+            "dropout": 0.0,
+        }
+        for name, default in defaults.items():
+            value = getattr(self, name)
+            given += "" if value == default else f", {name}={value}"
+        return given + ("" if self.sinks is None else ", sinks=True")
+
+
+def _default_head_dim(embed_dim: int, num_heads: int) -> int:
+    if embed_dim % num_heads:
+        raise ValueError(
+            f"num_heads: expected a divisor of embed_dim, {embed_dim}, where no head_dim is given, "
+            f"got {num_heads}"
+        )
+    return embed_dim // num_heads
+
+
+def _norm(kind: QKNorm | None, size: int, factory: dict[str, Any]) -> nn.Module | None:
+    if kind is None:
+        return None
+    if not isinstance(kind, str):
+        return kind(size)
+    if kind == "rms":
+        return nn.RMSNorm(size, eps=1e-6, **factory)
+    if kind == "layer":
+        return nn.LayerNorm(size, **factory)
+    raise ValueError(f"qk_norm: expected 'rms', 'layer' or a function of the size, got {kind!r}")
+
+
+def _longest(given: _Given) -> int:
+    """The rows of the longest packed sequence; the host waits for it where nobody said it."""
+    if given.max_seqlen is not None:
+        return given.max_seqlen
+    bounds = (given.cu_seqlens, given.context_cu_seqlens)
+    lengths = torch.cat([x.diff() for x in bounds if x is not None])
+    return int(lengths.max()) if len(lengths) else 0
+
+
+def _layer(cache: BaseCache, layer: int | None) -> int:
+    if layer is None:
+        if cache.num_layers > 1:
+            raise ValueError(f"layer: expected 0 to {cache.num_layers - 1} with a cache, got None")
+        return 0
+    if not 0 <= layer < cache.num_layers:
+        raise ValueError(f"layer: expected 0 to {cache.num_layers - 1}, got {layer}")
+    return layer
+
+
+def _as_in(cache: BaseCache, x: Tensor) -> Tensor:
+    """(batch, length, heads, head_dim) in the layout of the cache, and back."""
+    return x.transpose(1, 2) if x.dim() == 4 and cache.layout == "bhsd" else x
+
+
+def _require_rows(name: str, x: Tensor, size: int, packed: bool) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.shape[-1:] != (size,) or (x.dim() != 2 if packed else x.dim() < 2):
+        shape = f"(rows, {size}) with cu_seqlens" if packed else f"(*batch, length, {size})"
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")

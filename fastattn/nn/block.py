@@ -1,0 +1,154 @@
+"""One layer of a transformer: sublayers, norms and residual additions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fastattn.nn._nested import is_nested, pack, rows
+from fastattn.nn._residual import add_and_normalise
+from fastattn.nn.cache.base import BaseCache
+
+__all__ = ["TransformerBlock"]
+
+_PLACEMENTS = ("pre", "post", "parallel", "sandwich", "inner")
+
+# The options of the attention that cross-attention has as well.
+_SHARED = ("cu_seqlens", "max_seqlen", "layer")
+
+
+class _Step(NamedTuple):
+    """A sublayer with the norms before and behind it."""
+
+    sublayer: Callable[[Tensor], Tensor]
+    norm: nn.Module | None
+    out_norm: nn.Module | None
+
+
+class TransformerBlock(nn.Module):
+    def __init__(
+        self,
+        attention: nn.Module,
+        feed_forward: nn.Module,
+        *,
+        cross_attention: nn.Module | None = None,
+        norm: Callable[[int], nn.Module] | None = None,
+        placement: str = "pre",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if placement not in _PLACEMENTS:
+            known = ", ".join(map(repr, _PLACEMENTS))
+            raise ValueError(f"placement: expected one of {known}, got {placement!r}")
+        if placement == "parallel" and cross_attention is not None:
+            raise ValueError("cross_attention: expected None with placement 'parallel'")
+        self.placement = placement
+        self.dropout = dropout
+        self.attention = attention
+        self.cross_attention = cross_attention
+        self.feed_forward = feed_forward
+
+        make = _default_norm(attention) if norm is None else norm
+        size: Any = attention.embed_dim
+        crossing = cross_attention is not None
+        before, behind = placement != "inner", placement in ("sandwich", "inner")
+        self.attention_norm = make(size) if before else None
+        self.cross_attention_norm = make(size) if before and crossing else None
+        self.feed_forward_norm = make(size) if before and placement != "parallel" else None
+        self.attention_out_norm = make(size) if behind else None
+        self.cross_attention_out_norm = make(size) if behind and crossing else None
+        self.feed_forward_out_norm = make(size) if behind else None
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        context_mask: Tensor | None = None,
+        context_lengths: Tensor | None = None,
+        context_cu_seqlens: Tensor | None = None,
+        cross_cache: BaseCache | None = None,
+        **attention_options: Any,
+    ) -> Tensor:
+        if is_nested("x", x):
+            return self._of_nested(x, context, attention_options)
+        dropout_p = self.dropout if self.training else 0.0
+        shared = {n: attention_options[n] for n in _SHARED if n in attention_options}
+        cross_options = shared | {
+            "mask": context_mask,
+            "key_lengths": context_lengths,
+            "context_cu_seqlens": context_cu_seqlens,
+            "cache": cross_cache,
+        }
+        steps = [
+            _Step(
+                lambda x: self.attention(x, **attention_options),
+                self.attention_norm,
+                self.attention_out_norm,
+            ),
+            _Step(
+                lambda x: self._cross(x, context, cross_options),
+                self.cross_attention_norm,
+                self.cross_attention_out_norm,
+            ),
+            _Step(self.feed_forward, self.feed_forward_norm, self.feed_forward_out_norm),
+        ]
+        if self.cross_attention is None:
+            del steps[1]
+        if self.placement == "parallel":
+            return self._parallel(x, steps, dropout_p)
+        if self.placement == "post":
+            for step in steps:
+                x, _ = add_and_normalise(step.norm, step.sublayer(x), x, dropout_p)
+            return x
+        return self._pre(x, steps, dropout_p)
+
+    def _pre(self, x: Tensor, steps: list[_Step], dropout_p: float) -> Tensor:
+        first = steps[0].norm
+        normalised = x if first is None else first(x)
+        next_norms = [step.norm for step in steps[1:]] + [None]
+        for step, norm in zip(steps, next_norms, strict=True):
+            out = step.sublayer(normalised)
+            if step.out_norm is not None:
+                out = step.out_norm(out)
+            normalised, x = add_and_normalise(norm, out, x, dropout_p)
+        return x
+
+    def _parallel(self, x: Tensor, steps: list[_Step], dropout_p: float) -> Tensor:
+        assert self.attention_norm is not None
+        normalised = self.attention_norm(x)
+        for step in steps:
+            x = x + nn.functional.dropout(step.sublayer(normalised), dropout_p)
+        return x
+
+    def _cross(self, x: Tensor, context: Tensor | None, options: dict[str, Any]) -> Tensor:
+        assert self.cross_attention is not None
+        if context is None and options["cache"] is None:
+            raise ValueError("context: expected a tensor, or a cross_cache that holds it, got None")
+        out: Tensor = self.cross_attention(x, context, **options)
+        return out
+
+    def _of_nested(self, x: Tensor, context: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """On packed rows, so that nothing is ever padded."""
+        given = sorted(name for name, value in options.items() if value is not None)
+        for name in given:
+            if name not in ("positions", "max_seqlen", "layer"):
+                raise ValueError(f"{name}: expected None with nested sequences, got another")
+        packed, bounds = rows(x)
+        options = options | {"cu_seqlens": bounds}
+        if context is not None:
+            if not is_nested("context", context):
+                raise ValueError("context: expected nested sequences, as x is, got a dense tensor")
+            context, options["context_cu_seqlens"] = rows(context)
+        return pack(self(packed, context, **options), like=x)
+
+    def extra_repr(self) -> str:
+        given = f"placement={self.placement!r}"
+        return given + (f", dropout={self.dropout}" if self.dropout else "")
+
+
+def _default_norm(attention: nn.Module) -> Callable[[int], nn.Module]:
+    weight = next(attention.parameters())
+    return lambda size: nn.RMSNorm(size, eps=1e-6, device=weight.device, dtype=weight.dtype)
