@@ -5,6 +5,8 @@ from fastattn.nn.block import TransformerBlock
 from fastattn.nn.cache import KVCache, OutOfPages, PagedKVCache, SlidingWindowKVCache
 from fastattn.nn.feed_forward import FeedForward, GatedFeedForward
 from fastattn.nn.positions import ALiBi, LearnedPositions, RotaryEmbedding, SinusoidalPositions
+from fastattn.nn.relative_attention import RelativeAttention
+from fastattn.nn.relative_bias import RelativeBias2d, T5RelativeBias
 
 __all__ = [
     "ALiBi",
@@ -15,8 +17,11 @@ __all__ = [
     "LearnedPositions",
     "OutOfPages",
     "PagedKVCache",
+    "RelativeAttention",
+    "RelativeBias2d",
     "RotaryEmbedding",
     "SinusoidalPositions",
     "SlidingWindowKVCache",
+    "T5RelativeBias",
     "TransformerBlock",
 ]

@@ -14,9 +14,9 @@ __all__ = ["TableModule"]
 class TableModule(nn.Module):
     """A module whose buffers are functions of its arguments and of a number of rows.
 
-    The buffers are not persistent. They are float32, or float64 in a float64 module: in bfloat16
-    far positions would coincide, so ``.to(bfloat16)`` and ``.half()`` leave them as they are. A
-    module that was made on the meta device gets its tables with its memory.
+    The buffers are not persistent. They are integers or float32, or float64 in a float64 module:
+    in bfloat16 far positions would coincide, so ``.to(bfloat16)`` and ``.half()`` leave them as
+    they are. A module that was made on the meta device gets its tables with its memory.
     """
 
     def _compute(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
@@ -29,7 +29,7 @@ class TableModule(nn.Module):
         self._table_names = names
         self._table_rows = rows
         device = torch.get_default_device() if device is None else device
-        wide = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        wide = _wide(torch.get_default_dtype())
         for name, table in zip(names, self._compute(rows, wide, device), strict=True):
             self.register_buffer(name, table, persistent=False)
 
@@ -48,10 +48,14 @@ class TableModule(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, old in zip(self._table_names, before, strict=True):
             new = getattr(self, name)
-            wide = torch.promote_types(new.dtype, torch.float32)
+            wide = _wide(new.dtype)
             if new.is_meta != old.is_meta or wide != old.dtype:
                 self._set_tables(self._table_rows, wide, new.device)
                 break
             if new.dtype != wide:
                 setattr(self, name, old.to(new.device))
         return self
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype

@@ -34,6 +34,66 @@ class _Given(NamedTuple):
 
 
 class Attention(nn.Module):
+    r"""The attention sublayer of most transformers, dense, packed, nested or with a cache.
+
+    ::
+
+        q, k, v = q_norm(q_proj(x)), k_norm(k_proj(context)), v_proj(context)    context: x if None
+        q, k    = rope(q), rope(k)
+        a       = attention(q, k, v, causal, window, mask, bias, ...)
+        out     = o_proj(a)                        o_proj(a * sigmoid(gate_proj(x))) with gate
+
+    with :func:`fastattn.functional.attention` over heads that are views of the projections. Which
+    family needs what::
+
+        Llama, Mistral, Qwen 2      num_kv_heads, causal, rope, window, bias=True, out_bias=False
+        Qwen 3, Gemma 3, OLMo 2     qk_norm="rms"; qk_norm_over="projection" for OLMo 2
+        Gemma 2, gpt-oss            head_dim, softcap, scale; sinks
+        BLOOM, MPT                  alibi
+        T5                          relative_bias=T5RelativeBias(...), scale=1.0
+        Swin, BEiT                  relative_bias=RelativeBias2d(...), windows as a batch dimension
+        AlphaFold                   bias= of the call, (batch, 1, heads, n, n); gate, out_bias=True
+
+    Args:
+        embed_dim: of x, and of out.
+        num_heads, num_kv_heads: num_kv_heads divides num_heads, and is num_heads by default.
+        head_dim, value_head_dim: embed_dim / num_heads, and head_dim, by default.
+        context_dim: of the context, by default embed_dim.
+        causal: whether a query sees no key behind its own position.
+        window: (left, right), how many keys besides its own a query sees; None is unlimited.
+        rope: a :class:`RotaryEmbedding`, which may be shared by all layers.
+        alibi: whether the scores have linear biases.
+        relative_bias: a module called with (query_length, key_length, query_offset=...), whose
+            result, (1, heads, queries, keys), is added to the scores.
+        qk_norm: "rms" (RMSNorm), "layer" (LayerNorm), or a function from the size to a module.
+        qk_norm_over: "head": of each head over head_dim. "projection": of all heads together.
+        softcap: of the scores: softcap * tanh(scores / softcap).
+        sinks: whether each head has a learned logit that joins the softmax and no value
+            (parameter ``sinks``, (num_heads), zeros at first).
+        gate: whether the output of each head is gated by the sigmoid of a projection of x.
+        scale: of the scores, 1 / sqrt(head_dim) by default.
+        dropout: of the attention weights, in training.
+        bias: of q_proj, k_proj and v_proj: one bool, or three.
+        out_bias: of o_proj and gate_proj; by default as q_proj.
+
+    Source: Vaswani et al., Attention Is All You Need (2017); Ainslie et al., GQA (2023).
+
+    >>> rope = RotaryEmbedding(8)
+    >>> attention = Attention(32, 4, num_kv_heads=2, causal=True, rope=rope)
+    >>> x = torch.randn(2, 6, 32)
+    >>> out = attention(x)
+
+    The same with a cache, a prompt of five rows and then one more:
+
+    >>> from fastattn.nn import KVCache
+    >>> cache = KVCache(num_layers=1, batch=2, kv_heads=2, capacity=16, head_dim=8)
+    >>> with torch.no_grad():
+    ...     prompt = attention(x[:, :5], cache=cache)
+    ...     cache.advance(5)
+    ...     step = attention(x[:, 5:], cache=cache)
+    >>> torch.testing.assert_close(torch.cat((prompt, step), dim=1), out)
+    """
+
     def __init__(
         self,
         embed_dim: int,
@@ -63,7 +123,7 @@ class Attention(nn.Module):
         super().__init__()
         require_sizes(embed_dim=embed_dim, num_heads=num_heads)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        head_dim = _default_head_dim(embed_dim, num_heads) if head_dim is None else head_dim
+        head_dim = default_head_dim(embed_dim, num_heads) if head_dim is None else head_dim
         value_head_dim = head_dim if value_head_dim is None else value_head_dim
         context_dim = embed_dim if context_dim is None else context_dim
         require_sizes(
@@ -133,6 +193,37 @@ class Attention(nn.Module):
         cache: BaseCache | None = None,
         layer: int | None = None,
     ) -> Tensor:
+        r"""
+        Args:
+            x: (\*batch, length, embed_dim), any leading dimensions; or packed, (rows, embed_dim),
+                beside cu_seqlens; or a jagged nested tensor.
+            context: the rows that keys and values come from, for cross-attention; in the form of
+                x: (\*batch, context length, context_dim), packed or nested.
+            mask: boolean, True = attend; broadcasts to (\*batch, heads, length, keys).
+            bias: added to the scores; broadcasts as mask does; differentiable.
+            query_lengths, key_lengths: (\*batch), the valid rows of x and of the keys.
+            positions: of the rows of x, for rope: (length) or (\*batch, length); (rows) if packed.
+                By default they count from 0 in each sequence, or from where its cache stands.
+            cu_seqlens: (sequences + 1), the bounds of packed rows.
+            context_cu_seqlens: those of a packed context.
+            max_seqlen: at least the longest packed sequence, of x and of context. It spares the
+                host a look at cu_seqlens, which only some options need.
+            cache: a :class:`KVCache` or another. Keys and values of x are written behind its rows,
+                and x attends to all of them; advance it when all layers have done so. mask and bias
+                then have a column for each row of its capacity, and key_lengths is for a context.
+
+                Where context is given, its keys and values go into the cache, and are attended as
+                ever: advance the cache by their number, and in later calls leave context out. An
+                attention that is not causal reads its cache and writes nothing when there is no
+                context.
+            layer: the place of this layer in the cache.
+
+        Returns:
+            The shape of x. A row that sees no key gives o_proj of zeros.
+
+        Raises:
+            TypeError, ValueError: naming the argument.
+        """
         given = _Given(
             *(mask, bias, query_lengths, key_lengths),
             *(positions, cu_seqlens, context_cu_seqlens, max_seqlen),
@@ -330,7 +421,7 @@ class Attention(nn.Module):
         return given + ("" if self.sinks is None else ", sinks=True")
 
 
-def _default_head_dim(embed_dim: int, num_heads: int) -> int:
+def default_head_dim(embed_dim: int, num_heads: int) -> int:
     if embed_dim % num_heads:
         raise ValueError(
             f"num_heads: expected a divisor of embed_dim, {embed_dim}, where no head_dim is given, "

@@ -28,6 +28,39 @@ class _Step(NamedTuple):
 
 
 class TransformerBlock(nn.Module):
+    r"""A layer of any transformer: sublayers f, a norm for each, residual additions.
+
+    ::
+
+        "pre"           x = x + f(norm(x))                          GPT-2, Llama, ViT
+        "post"          x = norm(x + f(x))                          the original Transformer, BERT
+        "sandwich"      x = x + out_norm(f(norm(x)))                Gemma 2, Gemma 3
+        "inner"         x = x + out_norm(f(x))                      OLMo 2, Swin v2
+        "parallel"      n = norm(x); x = x + attention(n) + feed_forward(n)     GPT-J, PaLM, Cohere
+
+    for each sublayer in turn: attention, cross_attention where there is one, feed_forward. A
+    residual addition, its dropout and the norm behind it are one pass over memory where the norm is
+    LayerNorm or RMSNorm of fastattn.nn.
+
+    Args:
+        attention: an :class:`Attention`, or a module with an ``embed_dim`` that is called alike.
+        feed_forward: a :class:`FeedForward`, a :class:`GatedFeedForward`, or a module of x.
+        cross_attention: as attention, called with the context; not with "parallel".
+        norm: makes a norm of embed_dim; by default RMSNorm with eps 1e-6, where attention lies. For
+            others: ``norm=fastattn.nn.LayerNorm``, ``norm=partial(RMSNorm, casting="gemma")``.
+        placement: as above.
+        dropout: of each sublayer's result, in training.
+
+    Source: Xiong et al., On Layer Normalization in the Transformer Architecture (2020), "pre" and
+    "post"; Ding et al., CogView (2021), "sandwich"; Wang and Komatsuzaki, GPT-J-6B (2021),
+    "parallel".
+
+    >>> from fastattn.nn import Attention, GatedFeedForward
+    >>> block = TransformerBlock(Attention(32, 4, causal=True), GatedFeedForward(32, 64))
+    >>> block(torch.randn(2, 6, 32)).shape
+    torch.Size([2, 6, 32])
+    """
+
     def __init__(
         self,
         attention: nn.Module,
@@ -72,6 +105,18 @@ class TransformerBlock(nn.Module):
         cross_cache: BaseCache | None = None,
         **attention_options: Any,
     ) -> Tensor:
+        """
+        Args:
+            x: as :class:`Attention` takes it: dense, packed or nested.
+            context: for the cross-attention; not needed where cross_cache holds it.
+            context_mask: its mask; boolean, True = attend.
+            context_lengths: (batch), its valid rows.
+            context_cu_seqlens: its bounds, beside cu_seqlens.
+            cross_cache: keys and values of the context, written where context is given.
+            attention_options: mask, bias, key_lengths, positions, cu_seqlens, max_seqlen, cache and
+                layer of the self-attention (the cross-attention has the same cu_seqlens,
+                max_seqlen and layer).
+        """
         if is_nested("x", x):
             return self._of_nested(x, context, attention_options)
         dropout_p = self.dropout if self.training else 0.0
