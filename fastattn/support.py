@@ -53,7 +53,7 @@ _FUNCTIONS = {
     "attention_varlen": "yes",
     "scaled_dot_product_attention": "yes",
     "merge_attention": "yes, of any order",
-    "attention_weights": "none",
+    "attention_weights": "yes, of any order",
     "attention_column_sums": "none",
     "kv_cache_update": "none",
     "attention_with_cache": "none",

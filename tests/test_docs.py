@@ -20,8 +20,10 @@ MODULES = (
     "fastattn.functional.norm",
     "fastattn.functional.weights",
     "fastattn.info",
+    "fastattn.nn.activation",
     "fastattn.nn.cache.contiguous",
     "fastattn.nn.cache.paged",
+    "fastattn.nn.norm",
     "fastattn.support",
 )
 

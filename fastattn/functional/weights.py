@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastattn._ops import attention as _ops
+from fastattn._ops.attention_weights import weights as _weights
 from fastattn._ops.errors import checked
 from fastattn.functional import _arguments
 from fastattn.functional._arguments import Window
@@ -42,7 +43,10 @@ def attention_weights(
 
     These are the weights that :func:`attention` multiplied the values by (before dropout), not an
     approximation. A row sums to 1; to 1 - p_sink when the lse has a sink in it; to 0 when it sees
-    no key. Time and memory are those of the chosen part alone.
+    no key. Time and memory are those of the chosen part alone, in the backward pass too.
+
+    Differentiable in query, key, lse and bias, as often as you like. The lse of attention carries
+    the rest of the gradient: through both, a loss on weights has the gradient of a softmax.
 
     Args:
         query, key: as given to attention.
@@ -54,7 +58,7 @@ def attention_weights(
             query_offset, key_offset, layout: as given to attention.
 
     Returns:
-        (\*batch, chosen heads, chosen rows, keys), float32 (float64 for float64). No gradient.
+        (\*batch, chosen heads, chosen rows, keys), float32 (float64 for float64).
 
     Raises:
         TypeError, ValueError: as attention does.
@@ -71,13 +75,15 @@ def attention_weights(
     head_dim, row_dim = (-2, -3) if _arguments.is_bshd(layout) else (-3, -2)
     if query.dim() < 3:
         _arguments.LeadingDims(query)
+    chosen_rows = _indices("rows", rows, query.shape[row_dim], query.device)
+    chosen_heads = _indices("heads", heads, query.shape[head_dim], query.device)
+
+    def weights(query: Tensor, key: Tensor, lse: Tensor, options: dict[str, Any]) -> Tensor:
+        return _weights(query, key, lse, chosen_rows, chosen_heads, options)
+
     return _call(
-        _ops.attention_weights,
+        weights,
         (query, key, lse),
-        (
-            _indices("rows", rows, query.shape[row_dim], query.device),
-            _indices("heads", heads, query.shape[head_dim], query.device),
-        ),
         causal=causal,
         window=window,
         mask=mask,
@@ -129,9 +135,8 @@ def attention_column_sums(
     """
     _arguments.require_tensors(query=query, key=key, lse=lse)
     return _call(
-        _ops.attention_column_sums,
+        _column_sums,
         (query, key, lse),
-        (),
         causal=causal,
         window=window,
         mask=mask,
@@ -147,9 +152,15 @@ def attention_column_sums(
     )
 
 
-def _indices(name: str, indices: Indices | None, size: int, device: torch.device) -> Tensor:
+def _column_sums(query: Tensor, key: Tensor, lse: Tensor, options: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        sums: Tensor = checked(_ops.attention_column_sums, query, key, lse, **options)
+    return sums
+
+
+def _indices(name: str, indices: Indices | None, size: int, device: torch.device) -> Tensor | None:
     if indices is None:
-        return torch.arange(size, device=device)
+        return None
     if isinstance(indices, slice):
         return torch.arange(*indices.indices(size), device=device)
     chosen = torch.as_tensor(indices, device=device)
@@ -162,9 +173,8 @@ def _indices(name: str, indices: Indices | None, size: int, device: torch.device
 
 
 def _call(
-    op: Any,
+    function: Callable[[Tensor, Tensor, Tensor, dict[str, Any]], Tensor],
     inputs: tuple[Tensor, Tensor, Tensor],
-    chosen: tuple[Tensor, ...],
     *,
     causal: bool | str,
     window: Window | None,
@@ -193,21 +203,19 @@ def _call(
         alibi_slopes = dims.group_broadcast("alibi_slopes", alibi_slopes, 1)
     if torch.is_autocast_enabled(query.device.type):
         query, key = _arguments.autocast(query, key)
-    with torch.no_grad():
-        options = _arguments.options(
-            query,
-            causal=causal,
-            window=window,
-            mask=mask,
-            bias=bias,
-            query_lengths=query_lengths,
-            key_lengths=key_lengths,
-            alibi_slopes=alibi_slopes,
-            softcap=softcap,
-            scale=scale,
-            query_offset=query_offset,
-            key_offset=key_offset,
-        )
-        result = checked(op, query, key, lse, *chosen, **options, bshd=bshd)
-    assert isinstance(result, Tensor)
+    options = _arguments.options(
+        query,
+        causal=causal,
+        window=window,
+        mask=mask,
+        bias=bias,
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+        alibi_slopes=alibi_slopes,
+        softcap=softcap,
+        scale=scale,
+        query_offset=query_offset,
+        key_offset=key_offset,
+    )
+    result = function(query, key, lse, options | {"bshd": bshd})
     return result if dims is None else dims.restore(result)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["is_nested", "pack", "rows"]
+__all__ = ["is_nested", "on_rows", "pack", "rows"]
 
 
 def is_nested(name: str, x: Tensor) -> bool:
-    """Whether x is a jagged nested tensor; TypeError for a nested one of another layout."""
+    """Whether x is a jagged nested tensor; TypeError for no tensor, or one of another layout."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
     if not x.is_nested:
         return False
     if x.layout != torch.jagged:
@@ -40,6 +43,13 @@ def pack(values: Tensor, like: Tensor) -> Tensor:
         min_seqlen=nested._maybe_min_seqlen,
         max_seqlen=nested._maybe_max_seqlen,
     )
+
+
+def on_rows(input: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """function(input), where it works on each row by itself and input may be nested."""
+    if not is_nested("input", input):
+        return function(input)
+    return pack(function(rows(input)[0]), input)
 
 
 def _without_gaps(x: Any) -> Any:

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from fastattn import functional
 from fastattn.functional._arguments import Window
 from fastattn.nn._nested import is_nested, pack, rows
-from fastattn.nn.cache import SlidingWindowKVCache
-from fastattn.nn.cache.base import BaseCache, require_sizes
+from fastattn.nn.cache import KVCache, PagedKVCache, SlidingWindowKVCache
+from fastattn.nn.cache.base import require_sizes
+from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.positions import ALiBi, RotaryEmbedding, packed_positions
 
 __all__ = ["Attention"]
 
+Cache = KVCache | SlidingWindowKVCache | PagedKVCache
 QKNorm = str | Callable[[int], nn.Module]
 
 
@@ -190,7 +192,7 @@ class Attention(nn.Module):
         cu_seqlens: Tensor | None = None,
         context_cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
-        cache: BaseCache | None = None,
+        cache: Cache | None = None,
         layer: int | None = None,
     ) -> Tensor:
         r"""
@@ -231,7 +233,7 @@ class Attention(nn.Module):
         if is_nested("x", x):
             return self._of_nested(x, context, given, cache)
         self._require(x, context, given)
-        query = self._heads(self.q_proj(x), self.q_norm, self.head_dim)
+        query = self._heads(self.q_proj(x), self.num_heads, self.head_dim, self.q_norm)
         if cache is not None and context is None:
             attended = self._attend_cache(x, query, given, cache, _layer(cache, layer))
         else:
@@ -248,17 +250,20 @@ class Attention(nn.Module):
         return projected
 
     def _keys_and_values(self, source: Tensor) -> tuple[Tensor, Tensor]:
-        key = self._heads(self.k_proj(source), self.k_norm, self.head_dim)
-        return key, self._heads(self.v_proj(source), None, self.value_head_dim)
+        key = self._heads(self.k_proj(source), self.num_kv_heads, self.head_dim, self.k_norm)
+        value = self._heads(self.v_proj(source), self.num_kv_heads, self.value_head_dim)
+        return key, value
 
-    def _heads(self, projected: Tensor, norm: nn.Module | None, head_dim: int) -> Tensor:
+    def _heads(
+        self, projected: Tensor, heads: int, head_dim: int, norm: nn.Module | None = None
+    ) -> Tensor:
         """(*, length, heads, head_dim): a view of the projection, or what the norm makes of it."""
         if norm is not None and self.qk_norm_over == "projection":
             projected = norm(projected)
-        heads = projected.unflatten(-1, (-1, head_dim))
+        parts = projected.view(*projected.shape[:-1], heads, head_dim)
         if norm is not None and self.qk_norm_over == "head":
-            heads = norm(heads)
-        return heads
+            parts = norm(parts)
+        return parts
 
     def _rotated(self, query: Tensor, key: Tensor, given: _Given) -> tuple[Tensor, Tensor]:
         rope, positions, length = self.rope, given.positions, query.shape[-3]
@@ -268,7 +273,8 @@ class Attention(nn.Module):
                 positions = packed_positions(given.cu_seqlens, length)
             if given.max_seqlen is not None or not rope.covers(length):
                 length = _longest(given)
-        return rope(query, key, positions, length=length)
+        rotated: tuple[Tensor, Tensor] = rope(query, key, positions, length=length)
+        return rotated
 
     def _score_options(self) -> dict[str, Any]:
         return {
@@ -310,7 +316,7 @@ class Attention(nn.Module):
         return relative if given.bias is None else given.bias + relative
 
     def _attend_cache(
-        self, x: Tensor, query: Tensor, given: _Given, cache: BaseCache, layer: int
+        self, x: Tensor, query: Tensor, given: _Given, cache: Cache, layer: int
     ) -> Tensor:
         """Writes x behind the rows of the cache if causal, and attends to all of them."""
         self._require_cache(given, cache)
@@ -328,7 +334,9 @@ class Attention(nn.Module):
         queries = x.shape[-2] if given.max_seqlen is None else given.max_seqlen
         out = cache.attend(
             layer,
-            *(None if part is None else _as_in(cache, part) for part in (query, key, value)),
+            _as_in(cache, query),
+            None if key is None else _as_in(cache, key),
+            None if value is None else _as_in(cache, value),
             mask=given.mask,
             bias=self._bias(given, queries, cache.capacity, cache.lengths),
             query_lengths=given.query_lengths,
@@ -337,9 +345,7 @@ class Attention(nn.Module):
         )
         return _as_in(cache, out)
 
-    def _fill(
-        self, cache: BaseCache, layer: int, key: Tensor, value: Tensor, given: _Given
-    ) -> None:
+    def _fill(self, cache: Cache, layer: int, key: Tensor, value: Tensor, given: _Given) -> None:
         """Writes the keys and values of a context, for the calls that come without it."""
         cache.update(
             *(layer, _as_in(cache, key), _as_in(cache, value)),
@@ -348,7 +354,7 @@ class Attention(nn.Module):
         )
 
     def _of_nested(
-        self, x: Tensor, context: Tensor | None, given: _Given, cache: BaseCache | None
+        self, x: Tensor, context: Tensor | None, given: _Given, cache: Cache | None
     ) -> Tensor:
         for name in ("mask", "bias", "query_lengths", "key_lengths", "cu_seqlens"):
             if getattr(given, name) is not None:
@@ -383,7 +389,7 @@ class Attention(nn.Module):
         if packed and (context is None) != (given.context_cu_seqlens is None):
             raise ValueError("context_cu_seqlens: expected together with cu_seqlens and context")
 
-    def _require_cache(self, given: _Given, cache: BaseCache) -> None:
+    def _require_cache(self, given: _Given, cache: Cache) -> None:
         if given.key_lengths is not None:
             raise ValueError(
                 "key_lengths: expected None with a cache, whose lengths count the keys "
@@ -436,9 +442,9 @@ def _norm(kind: QKNorm | None, size: int, factory: dict[str, Any]) -> nn.Module 
     if not isinstance(kind, str):
         return kind(size)
     if kind == "rms":
-        return nn.RMSNorm(size, eps=1e-6, **factory)
+        return RMSNorm(size, eps=1e-6, **factory)
     if kind == "layer":
-        return nn.LayerNorm(size, **factory)
+        return LayerNorm(size, **factory)
     raise ValueError(f"qk_norm: expected 'rms', 'layer' or a function of the size, got {kind!r}")
 
 
@@ -451,7 +457,7 @@ def _longest(given: _Given) -> int:
     return int(lengths.max()) if len(lengths) else 0
 
 
-def _layer(cache: BaseCache, layer: int | None) -> int:
+def _layer(cache: Cache, layer: int | None) -> int:
     if layer is None:
         if cache.num_layers > 1:
             raise ValueError(f"layer: expected 0 to {cache.num_layers - 1} with a cache, got None")
@@ -461,7 +467,7 @@ def _layer(cache: BaseCache, layer: int | None) -> int:
     return layer
 
 
-def _as_in(cache: BaseCache, x: Tensor) -> Tensor:
+def _as_in(cache: Cache, x: Tensor) -> Tensor:
     """(batch, length, heads, head_dim) in the layout of the cache, and back."""
     return x.transpose(1, 2) if x.dim() == 4 and cache.layout == "bhsd" else x
 

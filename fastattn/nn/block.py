@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastattn.nn._nested import is_nested, pack, rows
 from fastattn.nn._residual import add_and_normalise
 from fastattn.nn.cache.base import BaseCache
+from fastattn.nn.norm import RMSNorm
 
 __all__ = ["TransformerBlock"]
 
@@ -196,4 +197,4 @@ class TransformerBlock(nn.Module):
 
 def _default_norm(attention: nn.Module) -> Callable[[int], nn.Module]:
     weight = next(attention.parameters())
-    return lambda size: nn.RMSNorm(size, eps=1e-6, device=weight.device, dtype=weight.dtype)
+    return lambda size: RMSNorm(size, eps=1e-6, device=weight.device, dtype=weight.dtype)

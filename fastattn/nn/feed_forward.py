@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastattn import functional
 from fastattn.nn._linear import Activation, activate, activation_name, projected
-from fastattn.nn._nested import is_nested, pack, rows
+from fastattn.nn._nested import is_nested, on_rows
 from fastattn.nn.cache.base import require_sizes
 
 __all__ = ["FeedForward", "GatedFeedForward"]
@@ -49,7 +49,7 @@ class _FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if is_nested("x", x):
-            return pack(self(rows(x)[0]), like=x)
+            return on_rows(x, self)
         if x.dim() < 1 or x.shape[-1] != self.embed_dim:
             raise ValueError(f"x: expected shape (*, {self.embed_dim}), got {tuple(x.shape)}")
         out: Tensor = self.down_proj(self.dropout(self._hidden(x)))

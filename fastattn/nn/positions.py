@@ -126,8 +126,14 @@ class RotaryEmbedding(TableModule):
         return length
 
     def _compute(self, rows: int, dtype: torch.dtype, device: torch.device | str) -> list[Tensor]:
-        options = {"base": self.base, "scaling": self.scaling, "dtype": dtype, "device": device}
-        return list(functional.rope_tables(self.rotary_dim, rows, **options))
+        cos, sin = functional.rope_tables(
+            *(self.rotary_dim, rows),
+            base=self.base,
+            scaling=self.scaling,
+            dtype=dtype,
+            device=device,
+        )
+        return [cos, sin]
 
     def _require_eager(self, length: int) -> None:
         if torch.compiler.is_compiling():

@@ -141,12 +141,13 @@ class RelativeAttention(nn.Module):
         distances = keys - 1 - torch.arange(columns, device=query.device)
         encoding = self._encoding(distances).to(query.dtype)
         r = self.r_proj(encoding).unflatten(-1, (self.num_heads, self.head_dim))
-        shifted = ((query + self.position_bias) * self.scale).transpose(-3, -2)
-        scores = shifted @ r.permute(1, 2, 0)
+        scaled = ((query + self.position_bias) * self.scale).transpose(-3, -2)
+        scores = scaled @ r.permute(1, 2, 0)
         # Key j of query i is in column queries - 1 - i + j: the same place in memory that it has
         # in rows one shorter, begun queries - 1 later.
         flat = scores.flatten(-2).narrow(-1, max(queries - 1, 0), queries * (columns - 1))
-        return flat.unflatten(-1, (queries, columns - 1))[..., :keys]
+        shifted: Tensor = flat.view(*flat.shape[:-1], queries, columns - 1)[..., :keys]
+        return shifted
 
     def _encoding(self, distances: Tensor) -> Tensor:
         """P of distances, which may be negative: sin is odd, cos is even."""
