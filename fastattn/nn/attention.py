@@ -3,36 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastattn import functional
 from fastattn.functional._arguments import Window
+from fastattn.nn._attention_call import (
+    Cache,
+    Given,
+    as_in,
+    default_head_dim,
+    layer_in,
+    longest,
+    masked_to_lengths,
+    require_rows,
+)
 from fastattn.nn._nested import is_nested, pack, rows
-from fastattn.nn.cache import KVCache, PagedKVCache, SlidingWindowKVCache
+from fastattn.nn.cache import SlidingWindowKVCache
 from fastattn.nn.cache.base import require_sizes
 from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.positions import ALiBi, RotaryEmbedding, packed_positions
 
 __all__ = ["Attention"]
 
-Cache = KVCache | SlidingWindowKVCache | PagedKVCache
 QKNorm = str | Callable[[int], nn.Module]
-
-
-class _Given(NamedTuple):
-    """The optional arguments of one call."""
-
-    mask: Tensor | None = None
-    bias: Tensor | None = None
-    query_lengths: Tensor | None = None
-    key_lengths: Tensor | None = None
-    positions: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    context_cu_seqlens: Tensor | None = None
-    max_seqlen: int | None = None
 
 
 class Attention(nn.Module):
@@ -226,7 +222,7 @@ class Attention(nn.Module):
         Raises:
             TypeError, ValueError: naming the argument.
         """
-        given = _Given(
+        given = Given(
             *(mask, bias, query_lengths, key_lengths),
             *(positions, cu_seqlens, context_cu_seqlens, max_seqlen),
         )
@@ -235,14 +231,14 @@ class Attention(nn.Module):
         self._require(x, context, given)
         query = self._heads(self.q_proj(x), self.num_heads, self.head_dim, self.q_norm)
         if cache is not None and context is None:
-            attended = self._attend_cache(x, query, given, cache, _layer(cache, layer))
+            attended = self._attend_cache(x, query, given, cache, layer_in(cache, layer))
         else:
             key, value = self._keys_and_values(x if context is None else context)
             if self.rope is not None:
                 query, key = self._rotated(query, key, given)
             if cache is not None:
-                self._fill(cache, _layer(cache, layer), key, value, given)
-            attended = self._attend(query, key, value, given)
+                self._fill(cache, layer_in(cache, layer), key, value, given)
+            attended = self._attend(query, key, value, given, crossing=context is not None)
         out = attended.flatten(-2)
         if self.gate_proj is not None:
             out = out * self.gate_proj(x).sigmoid()
@@ -265,14 +261,14 @@ class Attention(nn.Module):
             parts = norm(parts)
         return parts
 
-    def _rotated(self, query: Tensor, key: Tensor, given: _Given) -> tuple[Tensor, Tensor]:
+    def _rotated(self, query: Tensor, key: Tensor, given: Given) -> tuple[Tensor, Tensor]:
         rope, positions, length = self.rope, given.positions, query.shape[-3]
         assert rope is not None
         if given.cu_seqlens is not None:
             if positions is None:
                 positions = packed_positions(given.cu_seqlens, length)
             if given.max_seqlen is not None or not rope.covers(length):
-                length = _longest(given)
+                length = longest(given)
         rotated: tuple[Tensor, Tensor] = rope(query, key, positions, length=length)
         return rotated
 
@@ -286,28 +282,45 @@ class Attention(nn.Module):
             "scale": self.scale,
         }
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, given: _Given) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, given: Given, *, crossing: bool
+    ) -> Tensor:
         options = self._score_options()
         options["dropout_p"] = self.dropout if self.training else 0.0
-        options["mask"] = given.mask
-        options["query_lengths"] = given.query_lengths
-        options["key_lengths"] = given.key_lengths
         if given.cu_seqlens is None:
             queries, keys = query.shape[-3], key.shape[-3]
+            options |= self._visibility(given, queries, keys, crossing)
             options["bias"] = self._bias(given, queries, keys, keys - queries)
             out = functional.attention(query, key, value, layout="bshd", **options)
         else:
-            longest = given.max_seqlen if self.relative_bias is None else _longest(given)
-            options["bias"] = self._bias(given, longest, longest, 0)
-            key_bounds = given.context_cu_seqlens
-            key_bounds = given.cu_seqlens if key_bounds is None else key_bounds
-            bounds = (given.cu_seqlens, key_bounds, longest, longest)
+            options["mask"] = given.mask
+            query_bounds, key_bounds = given.cu_seqlens, given.cu_seqlens
+            offset: int | Tensor = 0
+            if given.context_cu_seqlens is not None:
+                key_bounds = given.context_cu_seqlens
+                offset = key_bounds.diff() - query_bounds.diff()
+            most = given.max_seqlen if self.relative_bias is None else longest(given)
+            options["bias"] = self._bias(given, most, most, offset)
+            bounds = (query_bounds, key_bounds, most, most)
             out = functional.attention_varlen(query, key, value, *bounds, **options)
         assert isinstance(out, Tensor)
         return out
 
+    def _visibility(self, given: Given, queries: int, keys: int, crossing: bool) -> dict[str, Any]:
+        """Lengths and mask. The kernel counts positions back from the ends that lengths give; those
+        of a sequence that attends to itself are counted from its first row."""
+        lengths = {"query_lengths": given.query_lengths, "key_lengths": given.key_lengths}
+        options = {"mask": given.mask, **lengths}
+        if crossing or given.query_lengths is given.key_lengths:
+            return options
+        if self.causal:
+            return options | {"causal": "top_left"}
+        if self.window is None and self.alibi is None:
+            return options
+        return {"mask": masked_to_lengths(given, queries, keys)}
+
     def _bias(
-        self, given: _Given, queries: int | None, keys: int | None, offset: int | Tensor
+        self, given: Given, queries: int | None, keys: int | None, offset: int | Tensor
     ) -> Tensor | None:
         """What is added to the scores: bias, relative_bias, or their sum."""
         if self.relative_bias is None:
@@ -316,7 +329,7 @@ class Attention(nn.Module):
         return relative if given.bias is None else given.bias + relative
 
     def _attend_cache(
-        self, x: Tensor, query: Tensor, given: _Given, cache: Cache, layer: int
+        self, x: Tensor, query: Tensor, given: Given, cache: Cache, layer: int
     ) -> Tensor:
         """Writes x behind the rows of the cache if causal, and attends to all of them."""
         self._require_cache(given, cache)
@@ -334,27 +347,27 @@ class Attention(nn.Module):
         queries = x.shape[-2] if given.max_seqlen is None else given.max_seqlen
         out = cache.attend(
             layer,
-            _as_in(cache, query),
-            None if key is None else _as_in(cache, key),
-            None if value is None else _as_in(cache, value),
+            as_in(cache, query),
+            None if key is None else as_in(cache, key),
+            None if value is None else as_in(cache, value),
             mask=given.mask,
             bias=self._bias(given, queries, cache.capacity, cache.lengths),
             query_lengths=given.query_lengths,
             cu_seqlens_q=given.cu_seqlens,
             **options,
         )
-        return _as_in(cache, out)
+        return as_in(cache, out)
 
-    def _fill(self, cache: Cache, layer: int, key: Tensor, value: Tensor, given: _Given) -> None:
+    def _fill(self, cache: Cache, layer: int, key: Tensor, value: Tensor, given: Given) -> None:
         """Writes the keys and values of a context, for the calls that come without it."""
         cache.update(
-            *(layer, _as_in(cache, key), _as_in(cache, value)),
+            *(layer, as_in(cache, key), as_in(cache, value)),
             lengths=given.key_lengths,
             cu_seqlens=given.context_cu_seqlens,
         )
 
     def _of_nested(
-        self, x: Tensor, context: Tensor | None, given: _Given, cache: Cache | None
+        self, x: Tensor, context: Tensor | None, given: Given, cache: Cache | None
     ) -> Tensor:
         for name in ("mask", "bias", "query_lengths", "key_lengths", "cu_seqlens"):
             if getattr(given, name) is not None:
@@ -376,20 +389,23 @@ class Attention(nn.Module):
         )
         return pack(out, like=x)
 
-    def _require(self, x: Tensor, context: Tensor | None, given: _Given) -> None:
+    def _require(self, x: Tensor, context: Tensor | None, given: Given) -> None:
         packed = given.cu_seqlens is not None
-        _require_rows("x", x, self.embed_dim, packed)
+        require_rows("x", x, self.embed_dim, packed)
         if context is not None:
-            _require_rows("context", context, self.context_dim, packed)
+            require_rows("context", context, self.context_dim, packed)
             if self.rope is not None:
                 raise ValueError(
                     "context: expected None with rope, which compares positions in one sequence, "
                     "got a tensor"
                 )
+        if packed and not (given.query_lengths is None and given.key_lengths is None):
+            name = "key_lengths" if given.query_lengths is None else "query_lengths"
+            raise ValueError(f"{name}: expected None with cu_seqlens, got a tensor")
         if packed and (context is None) != (given.context_cu_seqlens is None):
             raise ValueError("context_cu_seqlens: expected together with cu_seqlens and context")
 
-    def _require_cache(self, given: _Given, cache: Cache) -> None:
+    def _require_cache(self, given: Given, cache: Cache) -> None:
         if given.key_lengths is not None:
             raise ValueError(
                 "key_lengths: expected None with a cache, whose lengths count the keys "
@@ -427,15 +443,6 @@ class Attention(nn.Module):
         return given + ("" if self.sinks is None else ", sinks=True")
 
 
-def default_head_dim(embed_dim: int, num_heads: int) -> int:
-    if embed_dim % num_heads:
-        raise ValueError(
-            f"num_heads: expected a divisor of embed_dim, {embed_dim}, where no head_dim is given, "
-            f"got {num_heads}"
-        )
-    return embed_dim // num_heads
-
-
 def _norm(kind: QKNorm | None, size: int, factory: dict[str, Any]) -> nn.Module | None:
     if kind is None:
         return None
@@ -446,35 +453,3 @@ def _norm(kind: QKNorm | None, size: int, factory: dict[str, Any]) -> nn.Module 
     if kind == "layer":
         return LayerNorm(size, **factory)
     raise ValueError(f"qk_norm: expected 'rms', 'layer' or a function of the size, got {kind!r}")
-
-
-def _longest(given: _Given) -> int:
-    """The rows of the longest packed sequence; the host waits for it where nobody said it."""
-    if given.max_seqlen is not None:
-        return given.max_seqlen
-    bounds = (given.cu_seqlens, given.context_cu_seqlens)
-    lengths = torch.cat([x.diff() for x in bounds if x is not None])
-    return int(lengths.max()) if len(lengths) else 0
-
-
-def _layer(cache: Cache, layer: int | None) -> int:
-    if layer is None:
-        if cache.num_layers > 1:
-            raise ValueError(f"layer: expected 0 to {cache.num_layers - 1} with a cache, got None")
-        return 0
-    if not 0 <= layer < cache.num_layers:
-        raise ValueError(f"layer: expected 0 to {cache.num_layers - 1}, got {layer}")
-    return layer
-
-
-def _as_in(cache: Cache, x: Tensor) -> Tensor:
-    """(batch, length, heads, head_dim) in the layout of the cache, and back."""
-    return x.transpose(1, 2) if x.dim() == 4 and cache.layout == "bhsd" else x
-
-
-def _require_rows(name: str, x: Tensor, size: int, packed: bool) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.shape[-1:] != (size,) or (x.dim() != 2 if packed else x.dim() < 2):
-        shape = f"(rows, {size}) with cu_seqlens" if packed else f"(*batch, length, {size})"
-        raise ValueError(f"{name}: expected shape {shape}, got {tuple(x.shape)}")

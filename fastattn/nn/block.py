@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from fastattn.nn._attention_call import Cache
 from fastattn.nn._nested import is_nested, pack, rows
 from fastattn.nn._residual import add_and_normalise
-from fastattn.nn.cache.base import BaseCache
 from fastattn.nn.norm import RMSNorm
 
 __all__ = ["TransformerBlock"]
@@ -103,7 +103,7 @@ class TransformerBlock(nn.Module):
         context_mask: Tensor | None = None,
         context_lengths: Tensor | None = None,
         context_cu_seqlens: Tensor | None = None,
-        cross_cache: BaseCache | None = None,
+        cross_cache: Cache | None = None,
         **attention_options: Any,
     ) -> Tensor:
         """

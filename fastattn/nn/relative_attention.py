@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import functional
-from fastattn.nn.attention import default_head_dim
+from fastattn.nn._attention_call import default_head_dim
 from fastattn.nn.cache.base import require_sizes
 from fastattn.nn.positions import SinusoidalPositions
 
@@ -141,8 +141,8 @@ class RelativeAttention(nn.Module):
         distances = keys - 1 - torch.arange(columns, device=query.device)
         encoding = self._encoding(distances).to(query.dtype)
         r = self.r_proj(encoding).unflatten(-1, (self.num_heads, self.head_dim))
-        scaled = ((query + self.position_bias) * self.scale).transpose(-3, -2)
-        scores = scaled @ r.permute(1, 2, 0)
+        biased = (query + self.position_bias) * self.scale
+        scores = torch.einsum("...qhd,chd->...hqc", biased, r)
         # Key j of query i is in column queries - 1 - i + j: the same place in memory that it has
         # in rows one shorter, begun queries - 1 later.
         flat = scores.flatten(-2).narrow(-1, max(queries - 1, 0), queries * (columns - 1))
