@@ -57,6 +57,16 @@ def masked_to_lengths(given: Given, queries: int, keys: int) -> Tensor | None:
     return mask
 
 
+def skewed(x: Tensor, start: int, keys: int) -> Tensor:
+    """out[..., i, j] = x[..., i, start - i + j], from distances to keys; a view if x is contiguous.
+
+    Key j of query i is in memory where it would be if rows were one shorter and began at start.
+    """
+    rows, columns = x.shape[-2:]
+    flat = x.reshape(*x.shape[:-2], rows * columns).narrow(-1, start, rows * (columns - 1))
+    return flat.view(*flat.shape[:-1], rows, columns - 1)[..., :keys]
+
+
 def layer_in(cache: Cache, layer: int | None) -> int:
     if layer is None:
         if cache.num_layers > 1:

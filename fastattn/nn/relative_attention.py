@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastattn import functional
-from fastattn.nn._attention_call import default_head_dim
+from fastattn.nn._attention_call import default_head_dim, skewed
 from fastattn.nn.cache.base import require_sizes
 from fastattn.nn.positions import SinusoidalPositions
 
@@ -143,11 +143,7 @@ class RelativeAttention(nn.Module):
         r = self.r_proj(encoding).unflatten(-1, (self.num_heads, self.head_dim))
         biased = (query + self.position_bias) * self.scale
         scores = torch.einsum("...qhd,chd->...hqc", biased, r)
-        # Key j of query i is in column queries - 1 - i + j: the same place in memory that it has
-        # in rows one shorter, begun queries - 1 later.
-        flat = scores.flatten(-2).narrow(-1, max(queries - 1, 0), queries * (columns - 1))
-        shifted: Tensor = flat.view(*flat.shape[:-1], queries, columns - 1)[..., :keys]
-        return shifted
+        return skewed(scores, max(queries - 1, 0), keys)
 
     def _encoding(self, distances: Tensor) -> Tensor:
         """P of distances, which may be negative: sin is odd, cos is even."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastattn.nn._attention_call import skewed
 from fastattn.nn._tables import TableModule
 from fastattn.nn.cache.base import require_sizes
 
@@ -82,15 +83,15 @@ class T5RelativeBias(nn.Module):
         """(1, heads, query_length, key_length); (batch, ...) for a query_offset of shape (batch),
         for instance the lengths of a cache."""
         weight = self.relative_attention_bias.weight
-        # All that occurs is one row of distances, seen through a window that each query shifts.
-        # (There is one more than needed in front, so that no size is ever negative.)
+        # All that occurs is one row of distances, which every query shifts by one. (There is one
+        # more than needed in front, so that no size is ever negative.)
         distances = torch.arange(-query_length, key_length, device=weight.device)
         if isinstance(query_offset, Tensor):
             distances = distances - query_offset.unsqueeze(-1)
         else:
             distances = (distances - query_offset).unsqueeze(0)
-        values = nn.functional.embedding(self._buckets(distances), weight).transpose(-2, -1)
-        return values.unfold(-1, key_length, 1)[..., 1:, :].flip(-2)
+        values = nn.functional.embedding(self._buckets(distances), weight).mT.unsqueeze(-2)
+        return skewed(values.expand(-1, -1, query_length, -1), query_length, key_length)
 
     def _buckets(self, distances: Tensor) -> Tensor:
         buckets, far_side = self.num_buckets, 0
