@@ -136,8 +136,8 @@ class RelativeAttention(nn.Module):
     def _distance_scores(self, query: Tensor, keys: int) -> Tensor:
         """scale (q_i + w) . r_d, (\\*batch, heads, queries, keys)."""
         queries = query.shape[-3]
-        # Column c is distance keys - 1 - c: one more than a causal query sees, or than any does.
-        columns = keys + 1 if self.causal else keys + queries
+        # Column c is distance keys - 1 - c: at least one more than any query sees.
+        columns = keys + 1 if self.causal else keys + queries + 1
         distances = keys - 1 - torch.arange(columns, device=query.device)
         encoding = self._encoding(distances).to(query.dtype)
         r = self.r_proj(encoding).unflatten(-1, (self.num_heads, self.head_dim))

@@ -84,8 +84,8 @@ class T5RelativeBias(nn.Module):
         for instance the lengths of a cache."""
         weight = self.relative_attention_bias.weight
         # All that occurs is one row of distances, which every query shifts by one. (There is one
-        # more than needed in front, so that no size is ever negative.)
-        distances = torch.arange(-query_length, key_length, device=weight.device)
+        # more than needed at each end, so that no size is ever negative.)
+        distances = torch.arange(-query_length, key_length + 1, device=weight.device)
         if isinstance(query_offset, Tensor):
             distances = distances - query_offset.unsqueeze(-1)
         else:
