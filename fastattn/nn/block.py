@@ -120,6 +120,8 @@ class TransformerBlock(nn.Module):
         """
         if is_nested("x", x):
             return self._of_nested(x, context, attention_options)
+        if context is not None and self.cross_attention is None:
+            raise ValueError("context: expected None without cross_attention, got a tensor")
         dropout_p = self.dropout if self.training else 0.0
         shared = {n: attention_options[n] for n in _SHARED if n in attention_options}
         cross_options = shared | {
