@@ -12,6 +12,7 @@ import torch
 from fastattn.support import support
 
 MODULES = (
+    "fastattn.convert",
     "fastattn.functional.activation",
     "fastattn.functional.attention",
     "fastattn.functional.helpers",
@@ -23,6 +24,9 @@ MODULES = (
     "fastattn.nn.activation",
     "fastattn.nn.cache.contiguous",
     "fastattn.nn.cache.paged",
+    "fastattn.nn.multihead_attention",
+    "fastattn.nn.transformer",
+    "fastattn.nn.transformer_layers",
     "fastattn.nn.norm",
     "fastattn.support",
 )

@@ -186,7 +186,7 @@ def test_dropout_of_each_sublayer():
             for norm in (block.attention_norm, block.cross_attention_norm, block.feed_forward_norm):
                 want = norm(want)
         torch.testing.assert_close(block.train()(*given), want)
-        block.dropout = 0.3
+        block.dropout.p = 0.3
         outs = []
         for run in (block, functools.partial(checkpoint, block, use_reentrant=False)):
             torch.manual_seed(4)
@@ -294,7 +294,7 @@ def test_any_module_with_an_embed_dim_may_attend():
 
 
 def test_repr():
-    assert make({}, dropout=0.1).extra_repr() == "placement='pre', dropout=0.1"
+    assert make({}).extra_repr() == "placement='pre'"
     assert nn.FeedForward(4, 8, activation="relu").extra_repr() == "activation='relu'"
 
 
@@ -317,6 +317,12 @@ def test_bad_input_is_refused_by_name():
         ("context", ValueError, lambda: block(x, x)),
         ("mask", ValueError, lambda: block(nested, mask=x > 0)),
         ("context", ValueError, lambda: crossing(nested, x)),
+        (
+            "cross_cache",
+            ValueError,
+            lambda: crossing(nested, cross_cache=nn.KVCache(1, 2, 2, 8, 12)),
+        ),
+        ("context_mask", ValueError, lambda: crossing(nested, nested, context_mask=x > 0)),
         ("x", TypeError, lambda: block(strided)),
         ("x", ValueError, lambda: feed_forward(x[..., :3])),
         ("hidden_dim", ValueError, lambda: nn.FeedForward(24, 0)),

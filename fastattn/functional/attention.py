@@ -262,7 +262,7 @@ def attention_varlen(
     _arguments.require_tensors(
         query=query, key=key, value=value, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
     )
-    if torch.is_autocast_enabled(query.device.type):
+    if torch.is_autocast_enabled("cuda" if query.is_cuda else "cpu"):
         query, key, value = _arguments.autocast(query, key, value)
     options = _arguments.options(
         query,

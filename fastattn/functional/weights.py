@@ -201,7 +201,7 @@ def _call(
         query_lengths = dims.group_sequences("query_lengths", query_lengths)
         key_lengths = dims.group_sequences("key_lengths", key_lengths)
         alibi_slopes = dims.group_broadcast("alibi_slopes", alibi_slopes, 1)
-    if torch.is_autocast_enabled(query.device.type):
+    if torch.is_autocast_enabled("cuda" if query.is_cuda else "cpu"):
         query, key = _arguments.autocast(query, key)
     options = _arguments.options(
         query,

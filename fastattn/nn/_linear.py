@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastattn import functional
+from fastattn.nn.activation import GELU
 
 __all__ = ["ACTIVATIONS", "Activation", "activate", "activation_name", "projected"]
 
@@ -63,7 +64,7 @@ def activation_name(activation: Activation) -> str | None:
 
 
 def _module_name(module: nn.Module) -> str | None:
-    if isinstance(module, nn.GELU):
+    if type(module) in (nn.GELU, GELU):
         return "gelu" if module.approximate == "none" else "gelu_tanh"
     return {nn.ReLU: "relu", nn.SiLU: "silu"}.get(type(module))
 
@@ -85,20 +86,27 @@ def projected(linear: nn.Module, x: Tensor, activation: Activation) -> Tensor:
     name = activation_name(activation)
     if (
         name is not None
-        and isinstance(linear, nn.Linear)
-        and type(linear) is nn.Linear
+        and is_plain(linear, nn.Linear)
         and linear.bias is not None
-        and not has_hooks(linear)
         and not x.is_nested
     ):
         return ACTIVATIONS[name][1](nn.functional.linear(x, linear.weight), linear.bias)
     return activate(linear(x), activation)
 
 
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def is_plain(module: nn.Module, kind: type[_Module]) -> TypeGuard[_Module]:
+    """Whether calling the module does what the forward of ``kind`` does, and nothing else."""
+    return type(module) is kind and not has_hooks(module)
+
+
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its forward."""
+    """Whether calling the module does something besides, or in place of, its class's forward."""
     return bool(
-        module._forward_hooks
+        "forward" in vars(module)  # accelerate puts one there
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

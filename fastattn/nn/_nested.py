@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["is_nested", "on_rows", "pack", "rows"]
+__all__ = ["is_nested", "longest", "on_rows", "pack", "rows"]
 
 
 def is_nested(name: str, x: Tensor) -> bool:
@@ -32,6 +32,12 @@ def rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of all sequences, (total, ...), and their bounds, (sequences + 1) int64."""
     nested = _without_gaps(x)
     return nested.values(), nested.offsets()
+
+
+def longest(x: Tensor) -> int:
+    """The length of the longest sequence; read from the data where x does not know it yet."""
+    length: int = _without_gaps(x)._get_max_seqlen()
+    return length
 
 
 def pack(values: Tensor, like: Tensor) -> Tensor:

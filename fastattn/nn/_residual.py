@@ -1,32 +1,49 @@
-"""The end of one sublayer and the begin of the next: dropout, residual addition and norm."""
+"""What stands between two sublayers: dropout, the addition of the residual and a norm."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from fastattn import functional
-from fastattn.nn._linear import has_hooks
+from fastattn.nn._linear import is_plain
 from fastattn.nn.norm import LayerNorm, RMSNorm
 
-__all__ = ["add_and_normalise"]
+__all__ = ["add_norm"]
 
 
-def add_and_normalise(
-    norm: nn.Module | None, x: Tensor, residual: Tensor, dropout_p: float
+def add_norm(
+    x: Tensor, residual: Tensor, dropout: nn.Module, norm: nn.Module | None
 ) -> tuple[Tensor, Tensor]:
-    """(norm(summed), summed) with summed = residual + dropout(x); without norm, summed twice.
+    """norm(residual + dropout(x)) and the sum, in one pass where both modules are just that.
 
-    One pass over memory where norm is ours, and calling it would do no more than its forward. (In
-    autocast x and residual may differ in dtype, and their sum is neither's.)
+    Another norm or dropout, or one with hooks, is called as it is. Without norm, the sum twice.
     """
-    if norm is not None and x.dtype == residual.dtype and not has_hooks(norm):
-        if type(norm) is LayerNorm and len(norm.normalized_shape) == 1:
-            return functional.add_layer_norm(
-                x, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p
-            )
-        if type(norm) is RMSNorm and len(norm.normalized_shape) == 1 and norm.eps is not None:
-            return functional.add_rms_norm(
-                *(x, residual, norm.weight, norm.eps), dropout_p=dropout_p, casting=norm.casting
-            )
-    summed = residual + nn.functional.dropout(x, dropout_p)
-    return summed if norm is None else norm(summed), summed
+    if norm is None or not _is_ours(norm):
+        summed = residual + dropout(x)
+        return summed if norm is None else norm(summed), summed
+    dropout_p = 0.0
+    if not is_plain(dropout, nn.Dropout):
+        x = dropout(x)
+    elif dropout.training:
+        dropout_p = dropout.p
+    if x.dtype != residual.dtype:  # under autocast; the sum has the wider dtype
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+    if isinstance(norm, LayerNorm):
+        return functional.add_layer_norm(
+            x, residual, norm.weight, norm.bias, norm.eps, dropout_p=dropout_p
+        )
+    assert isinstance(norm, RMSNorm)
+    eps = norm.eps
+    if eps is None:
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
+    return functional.add_rms_norm(
+        x, residual, norm.weight, eps, dropout_p=dropout_p, casting=norm.casting
+    )
+
+
+def _is_ours(norm: nn.Module) -> bool:
+    if is_plain(norm, LayerNorm) or is_plain(norm, RMSNorm):
+        return norm.weight is not None  # without it the functions do not see how many dimensions
+    return False

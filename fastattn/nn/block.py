@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastattn.nn._attention_call import Cache
 from fastattn.nn._nested import is_nested, pack, rows
-from fastattn.nn._residual import add_and_normalise
+from fastattn.nn._residual import add_norm
 from fastattn.nn.norm import RMSNorm
 
 __all__ = ["TransformerBlock"]
@@ -79,7 +79,7 @@ class TransformerBlock(nn.Module):
         if placement == "parallel" and cross_attention is not None:
             raise ValueError("cross_attention: expected None with placement 'parallel'")
         self.placement = placement
-        self.dropout = dropout
+        self.dropout = nn.Dropout(dropout)
         self.attention = attention
         self.cross_attention = cross_attention
         self.feed_forward = feed_forward
@@ -119,10 +119,15 @@ class TransformerBlock(nn.Module):
                 max_seqlen and layer).
         """
         if is_nested("x", x):
-            return self._of_nested(x, context, attention_options)
+            dense_only = {
+                "context_mask": context_mask,
+                "context_lengths": context_lengths,
+                "context_cu_seqlens": context_cu_seqlens,
+                "cross_cache": cross_cache,
+            }
+            return self._of_nested(x, context, attention_options | dense_only)
         if context is not None and self.cross_attention is None:
             raise ValueError("context: expected None without cross_attention, got a tensor")
-        dropout_p = self.dropout if self.training else 0.0
         shared = {n: attention_options[n] for n in _SHARED if n in attention_options}
         cross_options = shared | {
             "mask": context_mask,
@@ -146,14 +151,14 @@ class TransformerBlock(nn.Module):
         if self.cross_attention is None:
             del steps[1]
         if self.placement == "parallel":
-            return self._parallel(x, steps, dropout_p)
+            return self._parallel(x, steps)
         if self.placement == "post":
             for step in steps:
-                x, _ = add_and_normalise(step.norm, step.sublayer(x), x, dropout_p)
+                x, _ = add_norm(step.sublayer(x), x, self.dropout, step.norm)
             return x
-        return self._pre(x, steps, dropout_p)
+        return self._pre(x, steps)
 
-    def _pre(self, x: Tensor, steps: list[_Step], dropout_p: float) -> Tensor:
+    def _pre(self, x: Tensor, steps: list[_Step]) -> Tensor:
         first = steps[0].norm
         normalised = x if first is None else first(x)
         next_norms = [step.norm for step in steps[1:]] + [None]
@@ -161,14 +166,14 @@ class TransformerBlock(nn.Module):
             out = step.sublayer(normalised)
             if step.out_norm is not None:
                 out = step.out_norm(out)
-            normalised, x = add_and_normalise(norm, out, x, dropout_p)
+            normalised, x = add_norm(out, x, self.dropout, norm)
         return x
 
-    def _parallel(self, x: Tensor, steps: list[_Step], dropout_p: float) -> Tensor:
+    def _parallel(self, x: Tensor, steps: list[_Step]) -> Tensor:
         assert self.attention_norm is not None
         normalised = self.attention_norm(x)
         for step in steps:
-            x = x + nn.functional.dropout(step.sublayer(normalised), dropout_p)
+            x = x + self.dropout(step.sublayer(normalised))
         return x
 
     def _cross(self, x: Tensor, context: Tensor | None, options: dict[str, Any]) -> Tensor:
@@ -180,9 +185,8 @@ class TransformerBlock(nn.Module):
 
     def _of_nested(self, x: Tensor, context: Tensor | None, options: dict[str, Any]) -> Tensor:
         """On packed rows, so that nothing is ever padded."""
-        given = sorted(name for name, value in options.items() if value is not None)
-        for name in given:
-            if name not in ("positions", "max_seqlen", "layer"):
+        for name, value in options.items():
+            if value is not None and name not in ("positions", "max_seqlen", "layer"):
                 raise ValueError(f"{name}: expected None with nested sequences, got another")
         packed, bounds = rows(x)
         options = options | {"cu_seqlens": bounds}
@@ -193,8 +197,7 @@ class TransformerBlock(nn.Module):
         return pack(self(packed, context, **options), like=x)
 
     def extra_repr(self) -> str:
-        given = f"placement={self.placement!r}"
-        return given + (f", dropout={self.dropout}" if self.dropout else "")
+        return f"placement={self.placement!r}"
 
 
 def _default_norm(attention: nn.Module) -> Callable[[int], nn.Module]:
