@@ -81,6 +81,10 @@ def test_positions_and_offsets(kind):
         encode(x, positions=positions[0], offset=2), x + table[positions[0] + 2]
     )
     assert encode(x[:, :0]).shape == (2, 0, 6)
+    with pytest.raises(ValueError, match=r"^positions: expected numbers"):
+        encode(x, positions=positions, offset=40)
+    compiled = torch.compile(encode, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, offset=offset), encode(x, offset=offset))
     with pytest.raises(ValueError, match=r"^x: expected shape"):
         encode(x[..., :5])
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastattn.nn.cache import KVCache, PagedKVCache, SlidingWindowKVCache
+from fastattn.nn.norm import LayerNorm, RMSNorm
 
 Cache = KVCache | SlidingWindowKVCache | PagedKVCache
+QKNorm = str | Callable[[int], nn.Module]
 
 
 class Given(NamedTuple):
@@ -32,6 +35,19 @@ def default_head_dim(embed_dim: int, num_heads: int) -> int:
             f"got {num_heads}"
         )
     return embed_dim // num_heads
+
+
+def make_norm(kind: QKNorm | None, size: int, factory: dict[str, Any]) -> nn.Module | None:
+    """The norm of queries or keys: ``qk_norm`` of Attention."""
+    if kind is None:
+        return None
+    if not isinstance(kind, str):
+        return kind(size)
+    if kind == "rms":
+        return RMSNorm(size, eps=1e-6, **factory)
+    if kind == "layer":
+        return LayerNorm(size, **factory)
+    raise ValueError(f"qk_norm: expected 'rms', 'layer' or a function of the size, got {kind!r}")
 
 
 def longest(given: Given) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,22 +12,21 @@ from fastattn.functional._arguments import Window
 from fastattn.nn._attention_call import (
     Cache,
     Given,
+    QKNorm,
     as_in,
     default_head_dim,
     layer_in,
     longest,
+    make_norm,
     masked_to_lengths,
     require_rows,
 )
 from fastattn.nn._nested import is_nested, pack, rows
 from fastattn.nn.cache import SlidingWindowKVCache
 from fastattn.nn.cache.base import require_sizes
-from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.positions import ALiBi, RotaryEmbedding, packed_positions
 
 __all__ = ["Attention"]
-
-QKNorm = str | Callable[[int], nn.Module]
 
 
 class Attention(nn.Module):
@@ -168,8 +166,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(out_dim, embed_dim, bias=out_bias, **factory)
         self.gate_proj = nn.Linear(embed_dim, out_dim, bias=out_bias, **factory) if gate else None
         per_head = qk_norm_over == "head"
-        self.q_norm = _norm(qk_norm, head_dim if per_head else q_dim, factory)
-        self.k_norm = _norm(qk_norm, head_dim if per_head else k_dim, factory)
+        self.q_norm = make_norm(qk_norm, head_dim if per_head else q_dim, factory)
+        self.k_norm = make_norm(qk_norm, head_dim if per_head else k_dim, factory)
         self.rope = rope
         self.relative_bias = relative_bias
         self.alibi = ALiBi(num_heads, device=device) if alibi else None
@@ -441,15 +439,3 @@ class Attention(nn.Module):
             value = getattr(self, name)
             given += "" if value == default else f", {name}={value}"
         return given + ("" if self.sinks is None else ", sinks=True")
-
-
-def _norm(kind: QKNorm | None, size: int, factory: dict[str, Any]) -> nn.Module | None:
-    if kind is None:
-        return None
-    if not isinstance(kind, str):
-        return kind(size)
-    if kind == "rms":
-        return RMSNorm(size, eps=1e-6, **factory)
-    if kind == "layer":
-        return LayerNorm(size, **factory)
-    raise ValueError(f"qk_norm: expected 'rms', 'layer' or a function of the size, got {kind!r}")

@@ -285,8 +285,7 @@ class LearnedPositions(nn.Module):
         """x + weight at positions + offset, as :meth:`SinusoidalPositions.forward` takes them.
 
         Raises:
-            ValueError: for a length beyond max_length. (A position that only a tensor tells raises
-                an IndexError.)
+            ValueError: for a position beyond max_length.
         """
         _require_rows(x, self.embed_dim)
         length = x.shape[-2]
@@ -358,7 +357,13 @@ def _rows(table: Tensor, length: int, positions: Tensor | None, offset: int | Te
         positions = torch.arange(length, device=table.device)
     if isinstance(offset, Tensor):
         offset = offset.unsqueeze(-1)
-    return nn.functional.embedding(positions + offset, table)
+    try:
+        return nn.functional.embedding(positions + offset, table)
+    except IndexError:
+        raise ValueError(
+            f"positions: expected numbers (with offset) from 0 to {len(table) - 1}, the last row "
+            "(max_length), got another"
+        ) from None
 
 
 def _require_rows(x: Tensor, embed_dim: int) -> None:
