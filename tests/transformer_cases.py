@@ -1,4 +1,4 @@
-"""Sampled cases of the transformer classes, and how they are compared with torch's."""
+"""What the tests of the transformer classes share: small models, sampled cases and their check."""
 
 import copy
 import math
@@ -103,16 +103,16 @@ def inputs(name, case):
     length, dtype = case["length"], case["dtype"]
     memory_length = case.get("memory_length", length)
     if encodes:
-        drawn["src"] = sequences(case, memory_length if decodes else length, seed=1)
+        drawn["src"] = sequence(case, memory_length if decodes else length, seed=1)
         mask_name = "mask" if name == "TransformerEncoder" else "src_mask"
         flag = "src_is_causal" if name == "Transformer" else "is_causal"
         keys = memory_length if decodes else length
         names = (mask_name, "src_key_padding_mask", flag)
         attention(case, "src", keys, keys, names, drawn, mine, theirs, seed=10)
     if decodes:
-        drawn["tgt"] = sequences(case, length, seed=2)
+        drawn["tgt"] = sequence(case, length, seed=2)
         if not encodes:
-            drawn["memory"] = sequences(case, memory_length, seed=3)
+            drawn["memory"] = sequence(case, memory_length, seed=3)
         names = ("tgt_mask", "tgt_key_padding_mask", "tgt_is_causal")
         attention(case, "tgt", length, length, names, drawn, mine, theirs, seed=20)
         names = ("memory_mask", "memory_key_padding_mask", "memory_is_causal")
@@ -120,7 +120,7 @@ def inputs(name, case):
     return {n: x.to(dtype) if x.is_floating_point() else x for n, x in drawn.items()}, mine, theirs
 
 
-def sequences(case, length, seed):
+def sequence(case, length, seed):
     shape = (BATCH, length, WIDTH) if case["batch_first"] else (length, BATCH, WIDTH)
     return randn(*((length, WIDTH) if case["layout"] == "unbatched" else shape), seed=seed)
 
@@ -212,3 +212,49 @@ def compared(name, case):
     for x in (want, plain):
         x["inference"] = x["out"]
     return got, want, plain
+
+
+NAMES = tuple(AXES)
+LENGTHS = (3, 7, 1, 4)
+FLAG = {
+    name: "is_causal" if name.startswith("TransformerEncoder") else "tgt_is_causal" for name in AXES
+}
+
+
+def layer(cls=fnn.TransformerEncoderLayer, **options):
+    """A small layer without dropout, of the same values for every class."""
+    torch.manual_seed(1)
+    return cls(16, 4, **{"dim_feedforward": 24, "dropout": 0.0, "batch_first": True} | options)
+
+
+def model(name, package=fnn, **options):
+    """One of the five classes."""
+    if name == "Transformer":
+        options = {"num_encoder_layers": 2, "num_decoder_layers": 2} | options
+    if name == "Transformer" or name.endswith("Layer"):
+        return layer(getattr(package, name), **options)
+    return getattr(package, name)(layer(getattr(package, f"{name}Layer"), **options), 2)
+
+
+def sequences(name, lengths=LENGTHS):
+    """What forward takes, each as a list of sequences: those of the second are longer."""
+    count = 1 if "Encoder" in name else 2
+    return [
+        [randn(n + 2 * i, 16, seed=10 * i + j) for j, n in enumerate(lengths)] for i in range(count)
+    ]
+
+
+def batched(name, length=5):
+    return [torch.stack(rows) for rows in sequences(name, (length, length))]
+
+
+def nested(rows):
+    return torch.nested.nested_tensor(rows, layout=torch.jagged)
+
+
+class Spy(fnn.TransformerEncoderLayer):
+    """Keeps what its container passes."""
+
+    def forward(self, src, **options):
+        self.given = options
+        return super().forward(src, **options)

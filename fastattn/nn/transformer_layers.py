@@ -117,6 +117,7 @@ class TransformerEncoderLayer(nn.TransformerEncoderLayer):
         """
         if _has_own_blocks(self, nn.TransformerEncoderLayer):
             return super().forward(src, src_mask, src_key_padding_mask, is_causal)
+        _require_tensor("src", src)
         if src.is_nested and src.layout == torch.strided:
             return self._forward_strided(src, src_mask, src_key_padding_mask, is_causal)
         _require_width("src", src, self.self_attn)
@@ -231,6 +232,7 @@ class TransformerDecoderLayer(nn.TransformerDecoderLayer):
                 *(tgt, memory, tgt_mask, memory_mask),
                 *(tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal),
             )
+        _require_tensor("tgt", tgt)
         _require_width("tgt", tgt, self.self_attn)
         x, like = _open(
             *("tgt", tgt),
@@ -295,6 +297,11 @@ def _has_own_blocks(layer: nn.Module, base: type[nn.Module]) -> bool:
         for name in ("_sa_block", "_mha_block", "_ff_block")
         if hasattr(base, name)
     )
+
+
+def _require_tensor(name: str, x: object) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
 
 
 def _require_width(name: str, x: Tensor, attention: nn.Module) -> None:
