@@ -253,7 +253,7 @@ def test_packed_rows_are_the_sequences_one_by_one(level, nested):
     bounds, context_bounds = (
         cu_seqlens_from_lengths(torch.tensor(c)) for c in (counts, context_counts)
     )
-    for i, case in enumerate(covering_sample(PACKED_AXES, 30, 1, fits)):
+    for i, case in enumerate(covering_sample(PACKED_AXES, 16, 1, fits)):
         dtype = case["dtype"]
         inputs = {"x": randn(sum(counts), 24, seed=3, dtype=dtype)}
         if case["context"] is not None:
@@ -399,7 +399,7 @@ def test_autocast_computes_in_its_dtype():
         torch.testing.assert_close(out.float(), module(x), atol=0.06, rtol=0.06)
 
 
-@pytest.mark.parametrize("feature", ["rope", "alibi", "t5", "qk_norm"])
+@pytest.mark.parametrize("feature", ["rope", "t5"])
 def test_one_graph_for_all_lengths(feature):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -412,12 +412,12 @@ def test_one_graph_for_all_lengths(feature):
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("kind", CACHES)
-@pytest.mark.parametrize("feature", ["rope", "t5"])
+@pytest.mark.parametrize(
+    "kind, feature",
+    [("contiguous", "rope"), ("contiguous", "t5"), ("paged", "rope"), ("ring", "alibi")],
+)
 @torch.no_grad()
 def test_one_graph_for_all_steps_with_a_cache(kind, feature):
-    if kind == "ring" and feature == "t5":
-        return
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     module = feature_module(feature, **{"window": (5, 0)} if kind == "ring" else {})
