@@ -22,12 +22,18 @@ MODULES = (
     "fastattn.functional.weights",
     "fastattn.info",
     "fastattn.nn.activation",
+    "fastattn.nn.attention",
+    "fastattn.nn.block",
     "fastattn.nn.cache.contiguous",
     "fastattn.nn.cache.paged",
     "fastattn.nn.multihead_attention",
     "fastattn.nn.transformer",
     "fastattn.nn.transformer_layers",
     "fastattn.nn.norm",
+    "fastattn.nn.feed_forward",
+    "fastattn.nn.positions",
+    "fastattn.nn.relative_attention",
+    "fastattn.nn.relative_bias",
     "fastattn.support",
 )
 
