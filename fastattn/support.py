@@ -52,6 +52,7 @@ _FUNCTIONS = {
     "attention": "yes",
     "attention_varlen": "yes",
     "scaled_dot_product_attention": "yes",
+    "nn.MultiheadAttention": "yes",
     "merge_attention": "yes, of any order",
     "attention_weights": "yes, of any order",
     "attention_column_sums": "none",
@@ -81,6 +82,8 @@ _FUNCTIONS = {
     "add_layer_norm": "yes",
     "add_rms_norm": "yes",
     "qk_rms_norm": "yes",
+    "nn.LayerNorm": "yes",
+    "nn.RMSNorm": "yes",
     "apply_rope": "yes, of any order",
     "apply_rope_": "yes, of any order",
     "apply_rope_qk": "yes, of any order",
@@ -95,6 +98,7 @@ _FUNCTIONS = {
     "swiglu": "yes",
     "geglu": "yes",
     "reglu": "yes",
+    "nn.GELU": "yes",
 }
 
 Inputs = dict[str, Tensor]
