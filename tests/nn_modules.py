@@ -92,6 +92,10 @@ MODULES = {
     ),
     "Attention": alone(lambda p: attention(p, causal=True, bias=True, softcap=5.0)),
     "Attention T5": alone(lambda p: attention(p, relative_bias=nn.T5RelativeBias(HEADS))),
+    "RelativeBias2d": (
+        lambda p: attention(p, relative_bias=nn.RelativeBias2d((2, 3), HEADS)),
+        lambda length: one(6),
+    ),
     "Attention across": across(lambda p: attention(p, alibi=True, sinks=True)),
     "RelativeAttention": alone(lambda p: nn.RelativeAttention(WIDTH, HEADS, dropout=p)),
     "FeedForward": alone(lambda p: nn.FeedForward(WIDTH, 24, dropout=p)),
