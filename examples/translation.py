@@ -69,7 +69,7 @@ class Translator(nn.Module):
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="a tiny model and a few steps")
-    parser.add_argument("--steps", type=int, default=220)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--bf16", action="store_true", help="autocast: faster with AMX")
     options = parser.parse_args(argv)
     size, sentences = {"width": 512, "heads": 8, "layers": 6}, 20_000
@@ -101,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         loss.backward()
         optimiser.step()
         schedule.step()
-        if step % max(1, options.steps // 22) == 0:
+        if step % max(1, options.steps // 20) == 0:
             spent = time.perf_counter() - start
             print(f"step {step:3}  loss {loss.item():.4f}  {spent:.0f} s", flush=True)
 
