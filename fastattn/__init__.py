@@ -7,9 +7,10 @@ import torch  # noqa: F401  (loads the libraries that the extension is linked to
 from fastattn import _C, functional, nn
 from fastattn._version import __version__
 from fastattn.convert import convert, revert
+from fastattn.generation import generate
 from fastattn.info import explain, info
 
-__all__ = ["__version__", "convert", "explain", "functional", "info", "nn", "revert"]
+__all__ = ["__version__", "convert", "explain", "functional", "generate", "info", "nn", "revert"]
 
 
 def _check_environment() -> None:

@@ -5,6 +5,7 @@ from fastattn.nn.attention import Attention
 from fastattn.nn.block import TransformerBlock
 from fastattn.nn.cache import KVCache, OutOfPages, PagedKVCache, SlidingWindowKVCache
 from fastattn.nn.feed_forward import FeedForward, GatedFeedForward
+from fastattn.nn.language_model import CausalLM
 from fastattn.nn.multihead_attention import MultiheadAttention
 from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.positions import ALiBi, LearnedPositions, RotaryEmbedding, SinusoidalPositions
@@ -17,6 +18,7 @@ __all__ = [
     "GELU",
     "ALiBi",
     "Attention",
+    "CausalLM",
     "FeedForward",
     "GatedFeedForward",
     "KVCache",

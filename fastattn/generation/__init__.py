@@ -1,0 +1,5 @@
+"""Text from a language model, token by token."""
+
+from fastattn.generation.decoding import generate
+
+__all__ = ["generate"]
