@@ -186,7 +186,6 @@ def compare(precision: str, options: argparse.Namespace) -> Iterator[dict[str, A
         tokens = torch.randint(sizes["vocabulary"], (batch, prompt + 4), generator=generator)
         errors = check(ours, theirs, tokens, prompt) if number == 0 else None
         result = decode(ours, theirs, tokens[:, :prompt], options.tokens)
-        assert precision != "fp32" or result["same_tokens"] == 1.0, result
         row = {"precision": precision, "batch": batch, "prompt": prompt, **result}
         print(
             f"{precision}, batch {batch}, prompt {prompt}: "
@@ -216,6 +215,7 @@ def plot(rows: list[dict[str, Any]], path: Any) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Exit status 1 where both do not choose the same tokens in fp32."""
     parser = common.parser(__doc__)
     parser.add_argument("--tokens", type=int, default=32, help="how many to generate")
     options = parser.parse_args(argv)
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     results = {"sizes": sizes, "tokens": options.tokens, "mean_ratio": mean, "rows": rows}
     common.write(folder / "generate_tokens.json", options, results)
     print(f"geometric mean {mean:.2f}x, worst {min(row['ratio'] for row in rows):.2f}x")
-    return 0
+    return int(any(row["same_tokens"] < 1 for row in rows if row["precision"] == "fp32"))
 
 
 if __name__ == "__main__":
