@@ -25,8 +25,6 @@ NAMES = [name for name in MODULES if name.split()[0] in nn.__all__]
 WHOLE = ["MultiheadAttention", "MultiheadAttention across", "Transformer", "RelativeAttention"]
 WHOLE += ["Attention T5", "TransformerBlock across", "CausalLM"]
 WHOLE = [name for name in WHOLE if name in NAMES]
-# For a third length: the bias is a view whose strides inductor takes for those of the second.
-STRIDES = pytest.param("Attention T5", marks=pytest.mark.xfail(strict=False))
 QUICK = ["MultiheadAttention", "TransformerBlock across"]
 
 
@@ -97,7 +95,7 @@ def test_one_graph_serves_all_lengths_and_gives_the_gradients_of_eager(name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-@pytest.mark.parametrize("name", [name if name != "Attention T5" else STRIDES for name in WHOLE])
+@pytest.mark.parametrize("name", WHOLE)
 def test_inductor_gives_the_gradients_of_eager(name):
     for got, want in compiles(name, "inductor")[0]:
         assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -226,11 +226,12 @@ Status attention_weights(const AttentionWeightsParams& w, const Threads& all_thr
   };
   const int64_t batch = static_cast<int64_t>(sequences.size());
   if (w.weights.data != nullptr) {
-    const int64_t per_sequence = w.num_heads * w.num_rows;
+    const int64_t tile = kernels.weights_q_tile, tiles = ceil_div(w.num_rows, tile);
+    const int64_t per_sequence = w.num_heads * tiles;
     for_each_item(threads, threads.count, batch * per_sequence, [&](int64_t i, int64_t worker) {
-      const int64_t within = i % per_sequence;
-      kernels.weights_row(w, sequences[static_cast<size_t>(i / per_sequence)], within / w.num_rows,
-                          within % w.num_rows, scratch_of(worker));
+      const int64_t within = i % per_sequence, first = within % tiles * tile;
+      kernels.weights_rows(w, sequences[static_cast<size_t>(i / per_sequence)], within / tiles,
+                           first, min_of(first + tile, w.num_rows), scratch_of(worker));
     });
   } else {
     const int64_t blocks = ceil_div(p.seqlen_k, kernels.weights_k_block);

@@ -103,11 +103,12 @@ struct AttentionKernels {
   void (*store_dbias)(const AttentionGradParams&, int64_t b0, int64_t b1, int64_t head,
                       int64_t tile, int64_t block, void* accumulator);
 
-  // Probabilities of one chosen row, or summed over all rows for one block of keys.
-  int64_t weights_k_block;
+  // Probabilities of chosen rows, of which up to weights_q_tile share packed keys, or summed over
+  // all rows for one block of keys.
+  int64_t weights_q_tile, weights_k_block;
   size_t (*weights_scratch_bytes)(const AttentionParams&);
-  void (*weights_row)(const AttentionWeightsParams&, const Sequence&, int64_t head_slot,
-                      int64_t row_slot, void* scratch);
+  void (*weights_rows)(const AttentionWeightsParams&, const Sequence&, int64_t head_slot,
+                       int64_t first_slot, int64_t last_slot, void* scratch);
   void (*column_sums_block)(const AttentionWeightsParams&, const Sequence&, int64_t head,
                             int64_t block, void* scratch);
 };

@@ -91,7 +91,9 @@ class T5RelativeBias(nn.Module):
         else:
             distances = (distances - query_offset).unsqueeze(0)
         values = nn.functional.embedding(self._buckets(distances), weight).mT.unsqueeze(-2)
-        return skewed(values.expand(-1, -1, query_length, -1), query_length, key_length)
+        # A copy: inductor takes the strides of such a view, which depend on the length, for fixed.
+        skew = skewed(values.expand(-1, -1, query_length, -1), query_length, key_length)
+        return skew.contiguous()
 
     def _buckets(self, distances: Tensor) -> Tensor:
         buckets, far_side = self.num_buckets, 0
