@@ -262,6 +262,7 @@ inline void tile_dpbf16(int c_index, int a_index, int b_index) {
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph(x, rounding) emulated::cvtps_ph(x)
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
+#undef _mm512_dpbf16_ps
 #define __m512bh __m512i
 #define _mm512_dpbf16_ps emulated::dpbf16_ps
 #define _mm512_reduce_add_ps emulated::reduce_add
