@@ -29,15 +29,15 @@ Case = Callable[[torch.dtype], float]
 def run_check() -> bool:
     """Hold every level that this machine can run to the accuracy contract; prints a table."""
     passed = True
-    print(f"{'level':<10}{'dtype':<10}{'case':<16}error, in % of what the accuracy contract allows")
+    print(f"{'level':<12}{'dtype':<10}{'case':<16}error, in % of what the accuracy contract allows")
     for level, obstacle in _C.cpu_levels():
         if obstacle is not None:
-            print(f"{level:<10}not run: {obstacle}")
+            print(f"{level:<12}not run: {obstacle}")
             continue
         with cpu_level(level):
             for dtype in DTYPES:
                 for name, case in _cases():
-                    line = f"{level:<10}{str(dtype).removeprefix('torch.'):<10}{name:<16}"
+                    line = f"{level:<12}{str(dtype).removeprefix('torch.'):<10}{name:<16}"
                     try:
                         print(f"{line}{100 * case(dtype):5.1f}  ok")
                     except (AssertionError, RuntimeError) as error:

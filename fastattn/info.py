@@ -44,7 +44,7 @@ class Info:
     environment: Mapping[str, str]
 
     def __str__(self) -> str:
-        levels = [f"{name:<8}{why or 'runs here'}" for name, why in self.cpu_levels.items()]
+        levels = [f"{name:<12}{why or 'runs here'}" for name, why in self.cpu_levels.items()]
         variables = [f"{name}={value}" for name, value in self.environment.items()] or ["none set"]
         rows = {
             "fastattn": [f"{self.version} (compiled by {self.compiler})"],
