@@ -275,6 +275,16 @@ def test_two_dimensional_relative_bias(class_token):
         module(query_offset=1)
 
 
+def test_tables_that_layers_share_survive_to_empty():
+    with torch.device("meta"):
+        rope = nn.RotaryEmbedding(8, max_length=16)
+        layers = torch.nn.ModuleList(nn.Attention(32, 4, causal=True, rope=rope) for _ in range(3))
+    layers.to_empty(device="cpu")
+    expected = nn.RotaryEmbedding(8, max_length=16)
+    torch.testing.assert_close(rope.cos, expected.cos, rtol=0, atol=0)
+    torch.testing.assert_close(rope.sin, expected.sin, rtol=0, atol=0)
+
+
 def test_shifted_windows_of_swin():
     """Windows are a batch dimension, and each one has its mask."""
     bias = nn.RelativeBias2d((2, 3), 2)

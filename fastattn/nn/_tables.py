@@ -52,7 +52,9 @@ class TableModule(nn.Module):
             if new.is_meta != old.is_meta or wide != old.dtype:
                 self._set_tables(self._table_rows, wide, new.device)
                 break
-            if new.dtype != wide:
+            # A module that several others share is visited once for each: what the first visit made
+            # of meta tables must outlive the next, whose function may only give empty memory.
+            if new is not old:
                 setattr(self, name, old.to(new.device))
         return self
 
