@@ -21,7 +21,7 @@ namespace {
 
 constexpr const char* kLevelNames[kNumLevels] = {"scalar", "avx2", "avx512", "avx512bf16", "amx"};
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTATTN_CPU_EMULATE)
 
 struct CpuidLeaf {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -89,7 +89,7 @@ const char* amx_obstacle() {
 #endif
 }
 
-#endif  // __x86_64__
+#endif  // __x86_64__ && !FASTATTN_CPU_EMULATE
 
 struct Obstacles {
   const char* of[kNumLevels];
