@@ -222,6 +222,16 @@ FA_INLINE VecAvx2 pow2_integral(VecAvx2 n) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(biased, 23))};
 }
 
+FA_INLINE FloorSplit<VecAvx2> split_floor(VecAvx2 x) {
+  x = min(VecAvx2::broadcast(127), max(VecAvx2::broadcast(-127), x));
+  const VecAvx2 n = {_mm256_floor_ps(x.v)};
+  return {sub(x, n), n};
+}
+
+FA_INLINE VecAvx2 scale_pow2(VecAvx2 x, VecAvx2 n) {
+  return mul(x, pow2_integral(n));
+}
+
 FA_INLINE VecAvx2 select_less(VecAvx2 a, VecAvx2 b, VecAvx2 x, VecAvx2 y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }

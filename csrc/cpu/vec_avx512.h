@@ -243,6 +243,14 @@ FA_INLINE VecAvx512 pow2_integral(VecAvx512 n) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(biased, 23))};
 }
 
+FA_INLINE FloorSplit<VecAvx512> split_floor(VecAvx512 x) {
+  return {{_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)}, x};
+}
+
+FA_INLINE VecAvx512 scale_pow2(VecAvx512 x, VecAvx512 n) {
+  return {_mm512_scalef_ps(x.v, n.v)};  // which takes the floor of n
+}
+
 FA_INLINE VecAvx512 select_less(VecAvx512 a, VecAvx512 b, VecAvx512 x, VecAvx512 y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }

@@ -255,6 +255,28 @@ FA_INLINE ScalarVec<float> round_nearest(const ScalarVec<float>& x) {
   return result;
 }
 
+// x = floor(x) + fraction. `whole` is what scale_pow2 takes: floor(x) within [-127, 127], or at a
+// level that needs neither, x.
+template <typename V>
+struct FloorSplit {
+  V fraction, whole;
+};
+
+FA_INLINE FloorSplit<ScalarVec<float>> split_floor(const ScalarVec<float>& x) {
+  FloorSplit<ScalarVec<float>> result;
+  for (int i = 0; i < 4; ++i) {
+    const float limited = x.lane[i] < -127 ? -127 : x.lane[i] > 127 ? 127 : x.lane[i];
+    result.whole.lane[i] = __builtin_floorf(limited);
+    result.fraction.lane[i] = limited - result.whole.lane[i];
+  }
+  return result;
+}
+
+// x 2^floor(n), for an n of split_floor; below 2^-126 it is 0, or subnormal.
+FA_INLINE ScalarVec<float> scale_pow2(const ScalarVec<float>& x, const ScalarVec<float>& n) {
+  return mul(x, pow2_integral(n));
+}
+
 FA_INLINE ScalarVec<double> exp2_exact(const ScalarVec<double>& x) {
   ScalarVec<double> result;
   for (int i = 0; i < 4; ++i) result.lane[i] = __builtin_exp2(x.lane[i]);

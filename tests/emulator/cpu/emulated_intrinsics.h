@@ -147,6 +147,21 @@ inline __m256i cvtneps_pbh(__m512 x) {
   return vector_of<__m256i>(map<uint16_t>(lanes_of<float>(x), float_to_bf16));
 }
 
+// VREDUCEPS towards minus infinity, with no bits of the fraction kept: what is above the floor.
+inline __m512 reduce_floor(__m512 x) {
+  return vector_of<__m512>(map<float>(lanes_of<float>(x), [](float v) {
+    return __builtin_isinf(v) ? 0.0f : v - __builtin_floorf(v);
+  }));
+}
+
+// VSCALEFPS: x 2^floor(n).
+inline __m512 scalef(__m512 x, __m512 n) {
+  const Lanes<float> exponent = lanes_of<float>(n);
+  Lanes<float> result = lanes_of<float>(x);
+  for (int i = 0; i < 16; ++i) result.lane[i] *= __builtin_exp2f(__builtin_floorf(exponent.lane[i]));
+  return vector_of<__m512>(result);
+}
+
 // The tree order of the compiler's reduction.
 template <typename Combine>
 float reduce(__m512 x, Combine combine) {
@@ -265,6 +280,9 @@ inline void tile_dpbf16(int c_index, int a_index, int b_index) {
 #undef _mm512_dpbf16_ps
 #define __m512bh __m512i
 #define _mm512_dpbf16_ps emulated::dpbf16_ps
+#define _mm512_reduce_ps(x, rounding) emulated::reduce_floor(x)
+#undef _mm512_scalef_ps
+#define _mm512_scalef_ps emulated::scalef
 #define _mm512_reduce_add_ps emulated::reduce_add
 #define _mm512_reduce_max_ps emulated::reduce_max
 #undef _mm512_shuffle_f32x4
