@@ -114,7 +114,10 @@ def test_weights_and_column_sums_keep_the_accuracy_contract(level, dtype, featur
             _, lse = fa.attention(query, key, value, **options, return_lse=True)
             given = (query, key, lse.double() if dtype == torch.float64 else lse)
             chosen = options | {"rows": [queries - 1, 0], "heads": torch.tensor([3, 1])}
-            got = accurate("attention_weights", given, chosen, "weights", magnitude=1.0)
+            # A weight exp(score - LSE) is off by what its score is rounded by, and a score that
+            # weighs is about as large as the LSE. Eager's error over these few weights is luck.
+            largest = max([1.0, *lse[lse.isfinite()].abs().tolist()])
+            got = accurate("attention_weights", given, chosen, "weights", magnitude=largest)
             assert got.shape == (2, 2, 2, keys)
             many = float(max(queries, 1))
             accurate("attention_column_sums", given, options, "column sums", magnitude=many)
