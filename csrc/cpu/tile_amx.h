@@ -32,47 +32,119 @@ struct TileSession {
   TileSession& operator=(const TileSession&) = delete;
 };
 
-// C (kRows x kColumns tiles, each 16 x 16 float) = or += A B over `depth` tiles. a: row-major
-// bfloat16, lda elements a row. b: the first of `depth` consecutive operand tiles, column_step
-// elements to those of the next 16 columns. Tile registers: 0..3 C, 4..5 A, 6..7 B.
-template <int kRows, int kColumns>
-FA_INLINE void multiply_tiles(const bf16* a, int64_t lda, const bf16* b, int64_t column_step,
-                              int depth, float* c, int64_t ldc, bool accumulate) {
-  // NOTE: gcc 12 does not know that _tile_loadd reads memory; pending stores must be done before.
-  __atomic_signal_fence(__ATOMIC_SEQ_CST);
-  float* c_below = c + kTileRows * ldc;
-  const size_t c_stride = static_cast<size_t>(ldc) * sizeof(float);
-  const size_t a_stride = static_cast<size_t>(lda) * sizeof(bf16);
-  if (accumulate) {
-    _tile_loadd(0, c, c_stride);
-    if constexpr (kColumns == 2) _tile_loadd(1, c + kTileColumns, c_stride);
-    if constexpr (kRows == 2) _tile_loadd(2, c_below, c_stride);
-    if constexpr (kRows == 2 && kColumns == 2) _tile_loadd(3, c_below + kTileColumns, c_stride);
-  } else {
-    _tile_zero(0);
-    if constexpr (kColumns == 2) _tile_zero(1);
-    if constexpr (kRows == 2) _tile_zero(2);
-    if constexpr (kRows == 2 && kColumns == 2) _tile_zero(3);
-  }
-  for (int i = 0; i < depth; ++i) {
-    _tile_loadd(4, a + i * kTileDepth, a_stride);
-    _tile_loadd(6, b + static_cast<int64_t>(i) * kTileElements, 64);
+// A product of up to 2 x 2 tiles of sums, and where it belongs.
+struct TileProduct {
+  const bf16* a;  // row-major, lda elements a row
+  int64_t lda;
+  const bf16* b;        // the first of `depth` consecutive operand tiles
+  int64_t column_step;  // to those of the next 16 columns
+  int depth;
+  float* c;
+  int64_t ldc;
+  bool accumulate;  // C += A B, or =
+};
+
+// The sums in the tile registers. Tile instructions issue in order, and a store waits for the
+// products before it: one right behind them would hold up all that follow, for a quarter of the
+// time of a product 4 tiles deep. So sums are stored while the next product starts, or by flush().
+// Tile registers: 0..3 sums, 4..5 left operand, 6..7 right operand.
+// (The intrinsics of gcc 12 want the number of a register written out.)
+class TileSums {
+ public:
+  template <int kRows, int kColumns>
+  __attribute__((always_inline)) void multiply(const TileProduct& p) {
+    // NOTE: gcc 12 does not know that _tile_loadd reads memory; stores must be done before.
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+    const size_t a_stride = static_cast<size_t>(p.lda) * sizeof(bf16);
+    const size_t c_stride = static_cast<size_t>(p.ldc) * sizeof(float);
+    const bf16* a_below = p.a + kTileRows * p.lda;
+    const bf16* b_right = p.b + p.column_step;
+    float* c_below = p.c + kTileRows * p.ldc;
+    _tile_loadd(4, p.a, a_stride);
+    _tile_loadd(6, p.b, 64);
+    if constexpr (kColumns == 2) _tile_loadd(7, b_right, 64);
+    if constexpr (kRows == 2) _tile_loadd(5, a_below, a_stride);
+    store<0>();
+    start<0>(p, p.c, c_stride);
     _tile_dpbf16ps(0, 4, 6);
+    store<1>();
     if constexpr (kColumns == 2) {
-      _tile_loadd(7, b + column_step + static_cast<int64_t>(i) * kTileElements, 64);
+      start<1>(p, p.c + kTileColumns, c_stride);
       _tile_dpbf16ps(1, 4, 7);
     }
+    store<2>();
     if constexpr (kRows == 2) {
-      _tile_loadd(5, a + kTileRows * lda + i * kTileDepth, a_stride);
+      start<2>(p, c_below, c_stride);
       _tile_dpbf16ps(2, 5, 6);
-      if constexpr (kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+    store<3>();
+    if constexpr (kRows == 2 && kColumns == 2) {
+      start<3>(p, c_below + kTileColumns, c_stride);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+#pragma GCC unroll 1  // else the addresses of many steps fill all registers
+    for (int i = 1; i < p.depth; ++i) {
+      const int64_t tile = static_cast<int64_t>(i) * kTileElements;
+      _tile_loadd(4, p.a + i * kTileDepth, a_stride);
+      _tile_loadd(6, p.b + tile, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (kColumns == 2) {
+        _tile_loadd(7, b_right + tile, 64);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (kRows == 2) {
+        _tile_loadd(5, a_below + i * kTileDepth, a_stride);
+        _tile_dpbf16ps(2, 5, 6);
+        if constexpr (kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+      }
+    }
+    c_ = p.c;
+    ldc_ = p.ldc;
+    rows_ = kRows;
+    columns_ = kColumns;
+  }
+
+  __attribute__((always_inline)) void flush() {
+    store<0>();
+    store<1>();
+    store<2>();
+    store<3>();
+    rows_ = 0;
+    __atomic_signal_fence(__ATOMIC_SEQ_CST);
+  }
+
+ private:
+  template <int kTile>
+  FA_INLINE void start(const TileProduct& p, const float* c, size_t c_stride) {
+    if (p.accumulate) {
+      if constexpr (kTile == 0) _tile_loadd(0, c, c_stride);
+      if constexpr (kTile == 1) _tile_loadd(1, c, c_stride);
+      if constexpr (kTile == 2) _tile_loadd(2, c, c_stride);
+      if constexpr (kTile == 3) _tile_loadd(3, c, c_stride);
+    } else {
+      if constexpr (kTile == 0) _tile_zero(0);
+      if constexpr (kTile == 1) _tile_zero(1);
+      if constexpr (kTile == 2) _tile_zero(2);
+      if constexpr (kTile == 3) _tile_zero(3);
     }
   }
-  _tile_stored(0, c, c_stride);
-  if constexpr (kColumns == 2) _tile_stored(1, c + kTileColumns, c_stride);
-  if constexpr (kRows == 2) _tile_stored(2, c_below, c_stride);
-  if constexpr (kRows == 2 && kColumns == 2) _tile_stored(3, c_below + kTileColumns, c_stride);
-}
+
+  template <int kTile>
+  __attribute__((always_inline)) void store() {
+    constexpr int kRow = kTile / 2, kColumn = kTile % 2;
+    if (rows_ <= kRow || columns_ <= kColumn) return;
+    float* out = c_ + kRow * kTileRows * ldc_ + kColumn * kTileColumns;
+    const size_t stride = static_cast<size_t>(ldc_) * sizeof(float);
+    if constexpr (kTile == 0) _tile_stored(0, out, stride);
+    if constexpr (kTile == 1) _tile_stored(1, out, stride);
+    if constexpr (kTile == 2) _tile_stored(2, out, stride);
+    if constexpr (kTile == 3) _tile_stored(3, out, stride);
+  }
+
+  float* c_ = nullptr;
+  int64_t ldc_ = 0;
+  int rows_ = 0, columns_ = 0;  // tiles that wait to be stored
+};
 
 }  // namespace
 }  // namespace fastattn::cpu

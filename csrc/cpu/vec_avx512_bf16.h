@@ -22,6 +22,11 @@ FA_INLINE void store_rounded(VecAvx512 x, bf16* out) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), round_to_bf16(x));
 }
 
+// Side by side.
+FA_INLINE void store_rounded(VecAvx512 first, VecAvx512 second, bf16* out) {
+  _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
+}
+
 // One row of an operand tile: 16 pairs (low[n], high[n]).
 FA_INLINE void store_pairs(VecAvx512 low, VecAvx512 high, bf16* out) {
   const __m512i low_bits = _mm512_cvtepu16_epi32(round_to_bf16(low));

@@ -147,6 +147,13 @@ inline __m256i cvtneps_pbh(__m512 x) {
   return vector_of<__m256i>(map<uint16_t>(lanes_of<float>(x), float_to_bf16));
 }
 
+inline __m512i cvtne2ps_pbh(__m512 high, __m512 low) {
+  const __m256i halves[2] = {cvtneps_pbh(low), cvtneps_pbh(high)};
+  __m512i result;
+  memcpy(&result, halves, sizeof(result));
+  return result;
+}
+
 // VREDUCEPS towards minus infinity, with no bits of the fraction kept: what is above the floor.
 inline __m512 reduce_floor(__m512 x) {
   return vector_of<__m512>(map<float>(lanes_of<float>(x), [](float v) {
@@ -277,6 +284,7 @@ inline void tile_dpbf16(int c_index, int a_index, int b_index) {
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph(x, rounding) emulated::cvtps_ph(x)
 #define _mm512_cvtneps_pbh emulated::cvtneps_pbh
+#define _mm512_cvtne2ps_pbh emulated::cvtne2ps_pbh
 #undef _mm512_dpbf16_ps
 #define __m512bh __m512i
 #define _mm512_dpbf16_ps emulated::dpbf16_ps
