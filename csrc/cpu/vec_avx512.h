@@ -76,6 +76,11 @@ struct VecAvx512 {
   }
 
   // Round to nearest even; NaN stays NaN.
+#if defined(__AVX512BF16__)
+  __m256i to_bf16() const {
+    return (__m256i)_mm512_cvtneps_pbh(v);  // subnormal numbers become 0
+  }
+#else
   __m256i to_bf16() const {
     const __m512i bits = _mm512_castps_si512(v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -85,6 +90,7 @@ struct VecAvx512 {
     return _mm512_cvtepi32_epi16(
         _mm512_mask_blend_epi32(ordered, _mm512_set1_epi32(0x7fc0), rounded));
   }
+#endif
   void store(float* p) const {
     _mm512_storeu_ps(p, v);
   }
