@@ -139,6 +139,21 @@ def test_large_logits(level, dtype, magnitude):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("first", [1, 33, 530])
+@pytest.mark.parametrize("size", [8.0, 90.0, 3000.0])
+def test_scores_that_outgrow_all_before_them(level, dtype, first, size):
+    """Later keys may have weights that are 2^10 to 2^4000 times as large as those of the keys
+    before them, in the same block or in another one."""
+    inputs = attention_inputs(queries=40, keys=560, dtype=dtype)
+    inputs["query"][..., 0] = 1
+    inputs["key"][..., 0] = 0
+    inputs["key"][..., first::7, 0] = size
+    inputs["key"][:1, :, first + 20 :, 0] = 2 * size
+    for options in ({}, {"bias": randn(40, 560, seed=9, dtype=dtype)}, {"causal": True}):
+        check_attention(fa.attention, inputs, scale=1.0, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_constant_value_comes_back(level, dtype):
     """Within one ulp in 16 bits: what is summed below the fraction is what is summed above it.
 

@@ -17,7 +17,9 @@ def _explain(queries, *, keys=80, dtype=torch.float32, **options):
     ("queries", "options", "schedule"),
     [
         (64, {}, "tile"),
-        (16, {}, "decode"),
+        (8, {}, "decode"),
+        (16, {}, "tile"),
+        (16, {"keys": 300}, "decode"),
         (1, {"batch_invariant": True}, "tile"),
         (64, {"query_lengths": torch.tensor([64, 1])}, "decode and tile"),
         (64, {"query_lengths": torch.tensor([2, 0])}, "decode"),

@@ -169,10 +169,14 @@ Status forward_decode(const AttentionParams& p, const AttentionKernels& kernels,
   return Status::kOk;
 }
 
-// Few query rows for every KV head: packing K and V would cost more than it saves.
+// Few query rows for every KV head: packing K and V would cost more than it saves. With more of
+// them it soon pays, if what is packed stays in the nearest caches.
+constexpr int64_t kManyRows = 16, kFewKeys = 256;
+
 bool takes_decode_schedule(const AttentionParams& p, const AttentionKernels& kernels,
                            const Sequence& s) {
   const int64_t rows = p.heads_q / p.heads_kv * s.len_q;
+  if (rows > kManyRows && s.len_k <= kFewKeys) return false;
   return !p.batch_invariant && rows <= kernels.decode_max_rows;
 }
 

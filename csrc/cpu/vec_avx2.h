@@ -16,7 +16,7 @@ FA_INLINE __m256i first_lanes_avx2(int n) {
 struct VecAvx2 {
   using Real = float;
   static constexpr int kWidth = 8;
-  static constexpr int kTileRows = 6, kTileVecs = 2;  // 12 + 2 + 1 of 16 registers
+  static constexpr int kTileSums = 12, kTileVecs = 2;  // 12 + 2 + 1 of 16 registers
   static constexpr bool kStreams = true;
   __m256 v;
 

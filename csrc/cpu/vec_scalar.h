@@ -109,7 +109,7 @@ struct ScalarVec {
   static constexpr int kWidth = 4;
   // Register tile of a product: rows x vecs accumulators, one row of B and one broadcast must fit
   // the registers.
-  static constexpr int kTileRows = 4, kTileVecs = 2;
+  static constexpr int kTileSums = 8, kTileVecs = 2;
   static constexpr bool kStreams = false;  // whether stream differs from store
   R lane[kWidth];
 
