@@ -1,9 +1,11 @@
 """What this machine can do at best, measured, so that a row can say how much of it it gets.
 
-Arithmetic: the best rate that `torch.mm` reaches on square matrices, per dtype, all threads. It is
-the rate of the best matrix product seen, not that of the arithmetic units: a kernel may exceed it,
-and the report then shows more than 100 %. A 16-bit row is held to the better of its own rate and
-that of float32, which it can always convert to.
+Arithmetic: the products that attention of a dtype is made of at the level in use (AMX tiles, dot
+instructions or FMA), on registers, with no memory in their way, on all threads. A 16-bit row is
+held to the better of its own rate and that of float32, which it can always convert to. A processor
+may lower its clock once real data come through the caches; so next to it stands the best rate of
+`torch.mm` on square matrices, what a tuned matrix product makes of it. And exponentials: the other
+half of softmax.
 
 Bandwidth: the best rates at which torch, with all threads, reads an array many times larger than
 the caches (a sum, a dot product with itself), and copies one (both what is read and what is written
@@ -16,15 +18,20 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 import torch
+
+from fastattn._C import cpu_peak
 
 from cases.base import DTYPES, Case, available_memory
 
 
 @dataclass
 class Ceilings:
-    flops: dict[str, float]  # dtype -> FLOP/s
+    flops: dict[str, float]  # dtype -> FLOP/s on registers
+    matmul: dict[str, float]  # dtype -> FLOP/s of torch.mm
+    exponentials: float  # per second, float32
     bandwidth: float  # bytes/s, reading
     copy_bandwidth: float  # bytes/s, reading and writing
 
@@ -38,16 +45,37 @@ class Ceilings:
         return case.work / seconds / limits[case.bound]
 
     def describe(self) -> str:
-        rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in self.flops.items())
+        rates = ", ".join(
+            f"{name} {rate / 1e12:.3g} TFLOP/s (torch.mm {self.matmul[name] / 1e12:.3g})"
+            for name, rate in self.flops.items()
+        )
+        exponentials = f"{self.exponentials / 1e9:.3g} G exponentials/s"
         read, copy = self.bandwidth / 1e9, self.copy_bandwidth / 1e9
-        return f"{rates}; read {read:.3g} GB/s; copy {copy:.3g} GB/s (in and out)"
+        return f"{rates}; {exponentials}; read {read:.3g} GB/s; copy {copy:.3g} GB/s (in and out)"
 
 
 def measure(seconds: float, cache_bytes: int) -> Ceilings:
     """All ceilings, `seconds` for each; `cache_bytes` is the size of the last-level cache."""
-    flops = {name: _matmul_rate(dtype, seconds) for name, dtype in DTYPES.items()}
+    flops = {name: _peak(name, seconds) for name in DTYPES}
+    matmul = {name: _matmul_rate(dtype, seconds) for name, dtype in DTYPES.items()}
     size = max(1 << 28, min(4 * cache_bytes, available_memory() // 8))
-    return Ceilings(flops, _read_rate(size, seconds), _copy_rate(size, seconds))
+    return Ceilings(
+        flops, matmul, _peak("exp", seconds), _read_rate(size, seconds), _copy_rate(size, seconds)
+    )
+
+
+def _peak(what: str, seconds: float) -> float:
+    """The median over calls of some milliseconds."""
+    rounds, rates, end = 1000, [], time.perf_counter() + seconds
+    while not rates or time.perf_counter() < end:
+        start = time.perf_counter()
+        done = cpu_peak(what, rounds)
+        elapsed = time.perf_counter() - start
+        if elapsed < 2e-3:
+            rounds *= 2
+        else:
+            rates.append(done / elapsed)
+    return median(rates)
 
 
 def _matmul_rate(dtype: torch.dtype, seconds: float) -> float:

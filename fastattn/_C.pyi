@@ -21,6 +21,12 @@ def set_cpu_level(name: str) -> None:
     Raises ValueError when the name is unknown or the level cannot run here.
     """
 
+def cpu_peak(what: str, rounds: int) -> float:
+    """FLOPs of `rounds` rounds of the products that attention of a dtype ("fp32", "bf16", "fp16")
+    is made of at the level in use, or exponentials in float32 ("exp"), on registers and on every
+    thread. The caller takes the time. Raises ValueError for another name.
+    """
+
 def cuda_probe(device: int = 0) -> tuple[int, bool]:
     """Run a one-warp kernel on a device and check what it wrote. Only where built_with_cuda.
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "fastattn/api.h"
+#include "threads.h"
 #ifdef FASTATTN_WITH_CUDA
 #include "cuda_stream.h"
 #include "fastattn/cuda_api.h"
@@ -93,6 +94,16 @@ std::pair<int, bool> cuda_probe(int device) {
 constexpr bool kWithCuda = false;
 #endif
 
+// FLOPs of the products of a dtype, or exponentials, done in so many rounds on every thread.
+double cpu_peak(const std::string& what, int64_t rounds) {
+  const Threads threads = bind::torch_threads();
+  if (what == "exp") return cpu::peak_exponentials(rounds, threads);
+  if (what == "fp32") return cpu::peak_products(DType::kFloat32, rounds, threads);
+  if (what == "bf16") return cpu::peak_products(DType::kBFloat16, rounds, threads);
+  if (what == "fp16") return cpu::peak_products(DType::kFloat16, rounds, threads);
+  throw py::value_error("what: expected 'fp32', 'bf16', 'fp16' or 'exp', got '" + what + "'");
+}
+
 }  // namespace
 }  // namespace fastattn
 
@@ -106,6 +117,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_levels", &cpu_levels);
   m.def("active_cpu_level", &active_cpu_level);
   m.def("set_cpu_level", &set_cpu_level, py::arg("name"));
+  m.def("cpu_peak", &cpu_peak, py::arg("what"), py::arg("rounds"),
+        py::call_guard<py::gil_scoped_release>());
 #ifdef FASTATTN_WITH_CUDA
   m.def("cuda_probe", &cuda_probe, py::arg("device") = 0, py::call_guard<py::gil_scoped_release>());
 #endif

@@ -111,6 +111,11 @@ struct AttentionKernels {
                        int64_t first_slot, int64_t last_slot, void* scratch);
   void (*column_sums_block)(const AttentionWeightsParams&, const Sequence&, int64_t head,
                             int64_t block, void* scratch);
+
+  // Rounds of the products of this dtype, or of e^x, on registers; the FLOPs, or exponentials,
+  // done.
+  double (*peak_products)(int64_t rounds);
+  double (*peak_exponentials)(int64_t rounds);
 };
 
 // Each isa_<level>_attention.cpp defines its table as a constant.

@@ -146,5 +146,28 @@ class TileSums {
   int rows_ = 0, columns_ = 0;  // tiles that wait to be stored
 };
 
+// Products of operands that are in the registers already; the FLOPs done.
+static double tile_product_rounds(int64_t rounds) {
+  const TileSession session;
+  bf16 operand[kTileElements];
+  for (int i = 0; i < kTileElements; ++i) operand[i].bits = i % 2 == 0 ? 0x3f40 : 0xbf00;
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);
+  _tile_loadd(4, operand, 64);
+  _tile_loadd(5, operand, 64);
+  _tile_loadd(6, operand, 64);
+  _tile_loadd(7, operand, 64);
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t i = 0; i < rounds; ++i) {
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  return 4.0 * 2 * kTileRows * kTileColumns * kTileDepth * static_cast<double>(rounds);
+}
+
 }  // namespace
 }  // namespace fastattn::cpu

@@ -49,6 +49,12 @@ Status rope(const RopeParams& params, const Threads& threads);
 // and tile" where the sequences of a batch differ.
 const char* attention_schedule(const AttentionParams& params);
 
+// Ceilings: rounds of the products that attention of a dtype is made of at the active level, or of
+// e^x in float32, on every thread and with no memory in their way. Returns the FLOPs, or
+// exponentials, done.
+double peak_products(DType dtype, int64_t rounds, const Threads& threads);
+double peak_exponentials(int64_t rounds, const Threads& threads);
+
 Status norm_forward(const NormParams& params, const Threads& threads);
 Status norm_backward(const NormGradParams& params, const Threads& threads);
 
