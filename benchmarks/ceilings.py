@@ -21,7 +21,6 @@ from functools import partial
 from statistics import median
 
 import torch
-
 from fastattn._C import cpu_peak
 
 from cases.base import DTYPES, Case, available_memory

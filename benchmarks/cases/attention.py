@@ -45,8 +45,8 @@ class AttentionCase(Case):
     note = """\
 shape: batch x heads[/KV heads] x length (queries>keys) x head_dim. rate: TFLOP/s, with 4 Sq Sk D \
 operations per head, half if causal, padding not counted, 3.5 times with backward; in decode GB/s \
-of K, V, query and output. %: of the products on registers, in decode of the read rate. Decode rows \
-take their inputs in turn from so many copies that none is still in a cache."""
+of K, V, query and output. %: of the products on registers, in decode of the read rate. Decode \
+rows take their inputs in turn from so many copies that none is still in a cache."""
 
     @property
     def family(self) -> str:  # type: ignore[override]

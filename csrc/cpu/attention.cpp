@@ -13,8 +13,18 @@ struct HeadItem {
   const Sequence* sequence;
   int64_t head_kv;
   Range blocks;  // that some row sees
-  int64_t tiles;
+  int64_t tile_rows, tiles;
 };
+
+// Packed keys and values of a sequence beyond this many bytes come from a cache far away: higher
+// tiles read them less often.
+constexpr int64_t kNearBytes = 3 << 19;
+
+int64_t tile_rows(const AttentionParams& p, const Sequence& s, const AttentionKernels& kernels) {
+  const int64_t bytes =
+      static_cast<int64_t>(kernels.packed_block_bytes(p)) * ceil_div(s.len_k, kernels.k_block);
+  return bytes > kNearBytes ? kernels.q_tile_far : kernels.q_tile;
+}
 
 std::vector<HeadItem> head_items(const AttentionParams& p, std::span<const Sequence> sequences,
                                  const AttentionKernels& kernels) {
@@ -22,8 +32,9 @@ std::vector<HeadItem> head_items(const AttentionParams& p, std::span<const Seque
   items.reserve(sequences.size() * static_cast<size_t>(p.heads_kv));
   for (const Sequence& s : sequences) {
     const Range blocks = blocks_seen(p, s, {0, s.len_q}, kernels.k_block);
+    const int64_t rows = tile_rows(p, s, kernels);
     for (int64_t h = 0; h < p.heads_kv; ++h) {
-      items.push_back({&s, h, blocks, ceil_div(s.rows_q, kernels.q_tile)});
+      items.push_back({&s, h, blocks, rows, ceil_div(s.rows_q, rows)});
     }
   }
   return items;
@@ -40,8 +51,9 @@ int64_t most_blocks(const std::vector<HeadItem>& items) {
 void run_tile(const AttentionParams& p, const AttentionKernels& kernels, const HeadItem& item,
               int64_t n, const char* packed, char* scratch) {
   const int64_t group = p.heads_q / p.heads_kv;
-  const int64_t tile = item.tiles - 1 - n / group;
-  kernels.forward_tile(p, *item.sequence, item.head_kv * group + n % group, tile, packed, scratch);
+  const int64_t first = (item.tiles - 1 - n / group) * item.tile_rows;
+  kernels.forward_tile(p, *item.sequence, item.head_kv * group + n % group,
+                       {first, first + item.tile_rows}, packed, scratch);
 }
 
 Status forward_private(const AttentionParams& p, const AttentionKernels& kernels,

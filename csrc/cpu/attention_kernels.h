@@ -53,13 +53,14 @@ FA_INLINE Range keys_seen_by_all(const AttentionParams& p, const Sequence& s, Ra
 // a "block" is up to k_block keys of one KV head; both are counted from row 0 of the sequence.
 struct AttentionKernels {
   // Forward: every block of a KV head is packed once, then shared by all its tiles.
-  int64_t q_tile, k_block;
+  int64_t q_tile, q_tile_far, k_block;  // q_tile_far: where packed keys come from a far cache
   size_t (*packed_block_bytes)(const AttentionParams&);
   size_t (*forward_scratch_bytes)(const AttentionParams&);
   // packed_blocks begins with the block of Sequence::first_seen.
   void (*pack_block)(const AttentionParams&, const Sequence&, int64_t head_kv, int64_t block,
                      void* packed);
-  void (*forward_tile)(const AttentionParams&, const Sequence&, int64_t head, int64_t tile,
+  // `tile`: rows of the sequence, and perhaps some beyond its end.
+  void (*forward_tile)(const AttentionParams&, const Sequence&, int64_t head, Range tile,
                        const char* packed_blocks, void* scratch);
 
   // Decode: all query rows of a KV head in one pass over a chunk of its keys, read where they lie.

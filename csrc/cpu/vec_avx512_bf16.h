@@ -27,11 +27,16 @@ FA_INLINE void store_rounded(VecAvx512 first, VecAvx512 second, bf16* out) {
   _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
 }
 
+// Where element i of 16 pairs comes from in two rows that lie one behind the other.
+FA_INLINE __m512i interleaving() {
+  return _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
+                          6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+}
+
 // One row of an operand tile: 16 pairs (low[n], high[n]).
 FA_INLINE void store_pairs(VecAvx512 low, VecAvx512 high, bf16* out) {
-  const __m512i low_bits = _mm512_cvtepu16_epi32(round_to_bf16(low));
-  const __m512i high_bits = _mm512_slli_epi32(_mm512_cvtepu16_epi32(round_to_bf16(high)), 16);
-  _mm512_storeu_si512(out, _mm512_or_si512(low_bits, high_bits));
+  const __m512i rows = (__m512i)_mm512_cvtne2ps_pbh(high.v, low.v);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(rows, interleaving(), rows));
 }
 
 // Sixteen pairs, or 32 numbers side by side.

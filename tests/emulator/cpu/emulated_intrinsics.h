@@ -165,7 +165,8 @@ inline __m512 reduce_floor(__m512 x) {
 inline __m512 scalef(__m512 x, __m512 n) {
   const Lanes<float> exponent = lanes_of<float>(n);
   Lanes<float> result = lanes_of<float>(x);
-  for (int i = 0; i < 16; ++i) result.lane[i] *= __builtin_exp2f(__builtin_floorf(exponent.lane[i]));
+  for (int i = 0; i < 16; ++i)
+    result.lane[i] *= __builtin_exp2f(__builtin_floorf(exponent.lane[i]));
   return vector_of<__m512>(result);
 }
 
