@@ -18,7 +18,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 
 import torch
 from fastattn._C import cpu_peak
@@ -55,8 +54,10 @@ class Ceilings:
 
 def measure(seconds: float, cache_bytes: int) -> Ceilings:
     """All ceilings, `seconds` for each; `cache_bytes` is the size of the last-level cache."""
-    flops = {name: _peak(name, seconds) for name in DTYPES}
+    early = {name: _peak(name, seconds / 2) for name in DTYPES}
     matmul = {name: _matmul_rate(dtype, seconds) for name, dtype in DTYPES.items()}
+    # Again: what a run starts with may still hold one of the cores.
+    flops = {name: max(rate, _peak(name, seconds / 2)) for name, rate in early.items()}
     size = max(1 << 28, min(4 * cache_bytes, available_memory() // 8))
     return Ceilings(
         flops, matmul, _peak("exp", seconds), _read_rate(size, seconds), _copy_rate(size, seconds)
@@ -64,17 +65,17 @@ def measure(seconds: float, cache_bytes: int) -> Ceilings:
 
 
 def _peak(what: str, seconds: float) -> float:
-    """The median over calls of some milliseconds."""
-    rounds, rates, end = 1000, [], time.perf_counter() + seconds
-    while not rates or time.perf_counter() < end:
+    """The best of calls of some milliseconds."""
+    rounds, best, end = 1000, 0.0, time.perf_counter() + seconds
+    while best == 0 or time.perf_counter() < end:
         start = time.perf_counter()
         done = cpu_peak(what, rounds)
         elapsed = time.perf_counter() - start
         if elapsed < 2e-3:
             rounds *= 2
         else:
-            rates.append(done / elapsed)
-    return median(rates)
+            best = max(best, done / elapsed)
+    return best
 
 
 def _matmul_rate(dtype: torch.dtype, seconds: float) -> float:

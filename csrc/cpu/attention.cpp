@@ -20,10 +20,12 @@ struct HeadItem {
 // tiles read them less often.
 constexpr int64_t kNearBytes = 3 << 19;
 
+int64_t packed_bytes(const AttentionParams& p, const Sequence& s, const AttentionKernels& kernels) {
+  return static_cast<int64_t>(kernels.packed_block_bytes(p)) * ceil_div(s.len_k, kernels.k_block);
+}
+
 int64_t tile_rows(const AttentionParams& p, const Sequence& s, const AttentionKernels& kernels) {
-  const int64_t bytes =
-      static_cast<int64_t>(kernels.packed_block_bytes(p)) * ceil_div(s.len_k, kernels.k_block);
-  return bytes > kNearBytes ? kernels.q_tile_far : kernels.q_tile;
+  return packed_bytes(p, s, kernels) > kNearBytes ? kernels.q_tile_far : kernels.q_tile;
 }
 
 std::vector<HeadItem> head_items(const AttentionParams& p, std::span<const Sequence> sequences,
@@ -189,7 +191,9 @@ bool takes_decode_schedule(const AttentionParams& p, const AttentionKernels& ker
                            const Sequence& s) {
   const int64_t rows = p.heads_q / p.heads_kv * s.len_q;
   if (rows > kManyRows && s.len_k <= kFewKeys) return false;
-  return !p.batch_invariant && rows <= kernels.decode_max_rows;
+  const bool is_far = packed_bytes(p, s, kernels) > 2 * kNearBytes;
+  return !p.batch_invariant &&
+         rows <= (is_far ? kernels.decode_max_rows_far : kernels.decode_max_rows);
 }
 
 // The sequences in the order of the batch, but those that decode first; `last` ends these.

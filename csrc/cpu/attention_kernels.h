@@ -64,7 +64,7 @@ struct AttentionKernels {
                        const char* packed_blocks, void* scratch);
 
   // Decode: all query rows of a KV head in one pass over a chunk of its keys, read where they lie.
-  int64_t decode_max_rows, decode_chunk;
+  int64_t decode_max_rows, decode_max_rows_far, decode_chunk;
   size_t (*decode_partial_bytes)(const AttentionParams&);
   size_t (*decode_scratch_bytes)(const AttentionParams&);
   void (*decode_chunk_partial)(const AttentionParams&, const Sequence&, int64_t head_kv,
