@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from fastattn import _C
+
 MEMORY = """
 import resource, torch, fastattn.functional as fa
 from fastattn import _C
@@ -72,3 +74,10 @@ def test_the_level_of_the_environment_is_taken_and_an_unknown_one_refused():
     refused = python(program, FASTATTN_CPU_ISA="sse9")
     assert refused.returncode != 0
     assert "ValueError: FASTATTN_CPU_ISA: expected one of" in refused.stderr
+
+
+def test_peak_rates_count_what_was_done(level):
+    for what in ("fp32", "bf16", "fp16", "exp"):
+        assert _C.cpu_peak(what, 200) == 2 * _C.cpu_peak(what, 100) > 0
+    with pytest.raises(ValueError, match=r"what: expected .* got 'int4'"):
+        _C.cpu_peak("int4", 1)

@@ -18,7 +18,7 @@ struct HeadItem {
 
 // Packed keys and values of a sequence beyond this many bytes come from a cache far away: higher
 // tiles read them less often.
-constexpr int64_t kNearBytes = 3 << 19;
+constexpr int64_t kNearBytes = 3 << 19;  // 1.5 MB
 
 int64_t packed_bytes(const AttentionParams& p, const Sequence& s, const AttentionKernels& kernels) {
   return static_cast<int64_t>(kernels.packed_block_bytes(p)) * ceil_div(s.len_k, kernels.k_block);

@@ -14,15 +14,7 @@ namespace {
 constexpr int kTileColumns = 16, kTileDepth = 32;
 constexpr int kTileElements = kTileColumns * kTileDepth;  // bfloat16 in one right operand tile
 
-FA_INLINE __m256i round_to_bf16(VecAvx512 x) {
-  return (__m256i)_mm512_cvtneps_pbh(x.v);
-}
-
-FA_INLINE void store_rounded(VecAvx512 x, bf16* out) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), round_to_bf16(x));
-}
-
-// Side by side.
+// Rounded to bfloat16, side by side.
 FA_INLINE void store_rounded(VecAvx512 first, VecAvx512 second, bf16* out) {
   _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(second.v, first.v));
 }

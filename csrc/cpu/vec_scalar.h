@@ -107,8 +107,8 @@ struct ScalarVec {
   using Real = R;
   // Baseline x86-64 and NEON registers hold four floats: the compiler vectorises the loops.
   static constexpr int kWidth = 4;
-  // Register tile of a product: rows x vecs accumulators, one row of B and one broadcast must fit
-  // the registers.
+  // Register tile of a product: kTileSums accumulators, a row of up to kTileVecs vecs of B and one
+  // broadcast must fit the registers.
   static constexpr int kTileSums = 8, kTileVecs = 2;
   static constexpr bool kStreams = false;  // whether stream differs from store
   R lane[kWidth];
