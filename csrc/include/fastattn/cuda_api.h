@@ -1,9 +1,35 @@
-// The functions of the CUDA backend. A stream is a cudaStream_t, as void*: no CUDA headers here.
+// The functions of the CUDA backend. They return a status and never throw, exit or print. A stream
+// is a cudaStream_t, as void*: no CUDA headers here.
 #pragma once
 
-#include "types.h"
+#include "params.h"
 
 namespace fastattn::cuda {
+
+// Where an op runs. The tensors are on that device, and so is what IndexArrays point to: the host
+// has not checked their values.
+struct Place {
+  int32_t device;
+  void* stream;
+};
+
+// Bytes of device memory that an op needs besides its tensors, 0 for none. They need no
+// initialisation, and are free for others once the work in the stream is done.
+size_t attention_forward_workspace(const AttentionParams& params, const Place& place);
+size_t attention_backward_workspace(const AttentionGradParams& params, const Place& place);
+
+// For float32, bfloat16 and float16, and for head_dim and head_dim_v of at most kMaxHeadDim. They
+// start work in the stream and return: they neither synchronise nor allocate. Every row of the
+// results is written, also packed rows that belong to no sequence (0; lse: -inf).
+constexpr int64_t kMaxHeadDim = 256;
+Status attention_forward(const AttentionParams& params, void* workspace, const Place& place);
+Status attention_backward(const AttentionGradParams& params, void* workspace, const Place& place);
+
+// Name of the schedule that attention_forward takes: "tile", "split tile", "decode".
+const char* attention_schedule(const AttentionParams& params, const Place& place);
+
+// What CUDA said about the last call in this thread that did not return Status::kOk.
+const char* last_error();
 
 struct ProbeResult {
   int32_t arch;       // what the code that ran was compiled for: 800, 900, ...

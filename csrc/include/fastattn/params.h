@@ -92,6 +92,9 @@ struct AttentionParams {
   double softcap;    // 0: none
   double dropout_p;  // in [0, 1]
   uint64_t philox_seed, philox_offset;
+  // (2) int64: seed and offset where only the kernel can read them; nullable, else it replaces the
+  // two above. Only csrc/cuda reads it.
+  IndexArray philox;
 };
 
 // dS = P * (dP - delta), delta_i = sum_d dout * out - dlse. Gradients are overwritten; absent ones
@@ -105,6 +108,7 @@ struct AttentionGradParams {
   MutableTensor dvalue;     // shape of value
   MutableTensor dbias;      // the bias before broadcasting: stride 0 where it was, nullable
   MutableTensor dsink;      // (-, -, heads_q, -, -) real, nullable
+  bool deterministic;       // equal calls give equal bits; those of csrc/cpu always do
 };
 
 // Probabilities of chosen rows and heads: weights[b, h, r, j] = exp(s[rows[r], j] - lse[rows[r]]).
