@@ -2,52 +2,9 @@
 #pragma once
 
 #include <fastattn/api.h>
+#include <fastattn/sequence.h>
 
 namespace fastattn::cpu {
-
-// One entry of the batch (or one packed sequence).
-struct Sequence {
-  int64_t b0, b1, index;     // index = b0 * batch1 + b1
-  int64_t first_q, first_k;  // where the rows begin in packed tensors, or after the hidden rows of
-                             // a cache; else 0
-  int64_t first_column;      // of mask and bias
-  int64_t rows_q, rows_k;    // rows that belong to the sequence
-  int64_t len_q, len_k;      // of these, the ones that take part
-  int64_t diagonal;          // p_j - p_i = j - i + diagonal
-  int64_t first_seen;        // of the keys, by any row
-};
-
-// Keys [first, last) or query rows [first, last).
-struct Range {
-  int64_t first, last;
-};
-
-FA_INLINE bool is_empty(Range r) {
-  return r.first >= r.last;
-}
-
-FA_INLINE Range intersect(Range a, Range b) {
-  return {max_of(a.first, b.first), min_of(a.last, b.last)};
-}
-
-// Keys that row i sees by position and length; mask is not considered.
-FA_INLINE Range visible_keys(const AttentionParams& p, const Sequence& s, int64_t i) {
-  const int64_t centre = i - s.diagonal;
-  const int64_t first = p.window_left < 0 ? 0 : max_of<int64_t>(0, centre - p.window_left);
-  const int64_t last =
-      p.window_right < 0 ? s.len_k : min_of<int64_t>(s.len_k, centre + p.window_right + 1);
-  return {first, last};
-}
-
-// Keys that at least one of the rows sees. Both ends of visible_keys never fall as i grows.
-FA_INLINE Range keys_seen_by_any(const AttentionParams& p, const Sequence& s, Range rows) {
-  return {visible_keys(p, s, rows.first).first, visible_keys(p, s, rows.last - 1).last};
-}
-
-// Keys that every one of the rows sees.
-FA_INLINE Range keys_seen_by_all(const AttentionParams& p, const Sequence& s, Range rows) {
-  return {visible_keys(p, s, rows.last - 1).first, visible_keys(p, s, rows.first).last};
-}
 
 // Pointers to what one level offers for one dtype. A "tile" is up to q_tile query rows of one head,
 // a "block" is up to k_block keys of one KV head; both are counted from row 0 of the sequence.

@@ -7,36 +7,6 @@
 
 namespace fastattn::cpu {
 
-inline Sequence sequence_at(const AttentionParams& p, int64_t index) {
-  Sequence s = {};
-  s.index = index;
-  s.b0 = index / p.batch1;
-  s.b1 = index % p.batch1;
-  s.rows_q = p.seqlen_q;
-  s.rows_k = p.seqlen_k;
-  if (p.cu_seqlens_q.data != nullptr) {
-    s.first_q = index_at(p.cu_seqlens_q, index);
-    s.rows_q = index_at(p.cu_seqlens_q, index + 1) - s.first_q;
-  }
-  if (p.cu_seqlens_k.data != nullptr) {
-    s.first_k = index_at(p.cu_seqlens_k, index);
-    s.rows_k = index_at(p.cu_seqlens_k, index + 1) - s.first_k;
-  }
-  s.len_q = p.query_lengths.data != nullptr ? index_at(p.query_lengths, index) : s.rows_q;
-  s.len_k = p.key_lengths.data != nullptr ? index_at(p.key_lengths, index) : s.rows_k;
-  if (p.cache.key_starts.data != nullptr) {
-    // Counting keys from the first visible one gives a left-padded sequence the tiles, and so the
-    // bits, that it has alone.
-    s.first_k = s.first_column = index_at(p.cache.key_starts, index);
-    s.len_k = max_of<int64_t>(s.len_k - s.first_k, 0);
-  }
-  const int64_t corner = p.top_left ? 0 : s.len_k - s.len_q;
-  s.diagonal = p.key_offset - p.query_offset - corner;
-  const Range seen = s.len_q > 0 ? keys_seen_by_any(p, s, {0, s.len_q}) : Range{0, 0};
-  s.first_seen = is_empty(seen) ? 0 : seen.first;
-  return s;
-}
-
 inline std::vector<Sequence> all_sequences(const AttentionParams& p) {
   std::vector<Sequence> sequences;
   sequences.reserve(static_cast<size_t>(p.batch0 * p.batch1));

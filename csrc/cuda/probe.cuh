@@ -8,8 +8,8 @@
 namespace fastattn::cuda {
 
 static __global__ void probe_kernel(ProbeParams params) {
-  const uint32_t lane = ptx::lane_id();
-  params.lanes[lane] = lane;
+  const int lane = ptx::lane_id();
+  params.lanes[lane] = static_cast<uint32_t>(lane);
   if (lane == 0) *params.arch = ptx::compiled_arch();
 }
 
