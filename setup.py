@@ -2,7 +2,9 @@
 
 Read from the environment:
     FASTATTN_CUDA        auto (default): if nvcc is found, and torch is a CUDA build or a GPU is
-                         visible; 0: no; 1: yes
+                         visible; 0: no; 1: yes; emulate: compile the CUDA kernels with CXX, to run
+                         on the CPU over an emulation of the GPU (to test them where there is none;
+                         never installed)
     FASTATTN_CUDA_ARCHS  default "80;90a"; PTX of the newest one without a letter is added
     FASTATTN_CPU_EMULATE 1: build the AVX-512 and AMX levels over an emulation (to test them where
                          the CPU lacks them; never installed)
@@ -70,6 +72,14 @@ EMULATION_FLAGS = [
     "-DFASTATTN_INTRINSICS_HEADER=<emulated_intrinsics.h>",
 ]
 
+CUDA_EMULATOR = Path("tests", "emulator", "cuda")
+CUDA_EMULATION_FLAGS = [
+    *("-DFASTATTN_CUDA_EMULATE", f"-I{CUDA_EMULATOR}", "-Icsrc/include"),
+    "-Wno-unknown-pragmas",  # unroll
+    "-ftrivial-auto-var-init=pattern",  # what is read before it is written shows
+    "-O2",
+]
+
 
 def flag(name: str) -> bool:
     value = os.environ.get(name, "0")
@@ -135,10 +145,12 @@ class Cuda:
 def find_cuda(torch: Torch) -> tuple[Cuda | None, str]:
     """The toolkit to build with, or None, and why."""
     wish = os.environ.get("FASTATTN_CUDA", "auto")
-    if wish not in ("auto", "0", "1"):
-        raise SystemExit(f"FASTATTN_CUDA: expected auto, 0 or 1, got {wish!r}")
+    if wish not in ("auto", "0", "1", "emulate"):
+        raise SystemExit(f"FASTATTN_CUDA: expected auto, 0, 1 or emulate, got {wish!r}")
     if wish == "0":
         return None, "off (FASTATTN_CUDA=0)"
+    if wish == "emulate":
+        return None, "emulated (FASTATTN_CUDA=emulate)"
     home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     named = os.environ.get("NVCC")
     nvcc = (
@@ -277,10 +289,11 @@ class BuildExtension(build_ext):
         if platform.system() != "Linux":
             raise SystemExit(f"fastattn builds on Linux, not yet on {platform.system()}")
         self.emulate = flag("FASTATTN_CPU_EMULATE")
+        self.emulate_cuda = os.environ.get("FASTATTN_CUDA") == "emulate"
         wheel = self.distribution.get_command_obj("bdist_wheel", create=False)
-        if self.emulate and (self.inplace_wanted or wheel):
+        if (self.emulate or self.emulate_cuda) and (self.inplace_wanted or wheel):
             raise SystemExit(
-                "FASTATTN_CPU_EMULATE is for tests: python setup.py build --build-lib <folder>"
+                "an emulation is for tests: python setup.py build --build-lib <folder>"
             )
         self.torch = Torch()
         self.cuda, cuda_reason = find_cuda(self.torch)
@@ -291,13 +304,16 @@ class BuildExtension(build_ext):
             )
         print(f"fastattn: torch {self.torch.version}; CUDA kernels {cuda_reason}", flush=True)
 
-        variant = "emulated" if self.emulate else "cuda" if self.cuda else "cpu"
+        variants = {"emulated": self.emulate, "emulated_cuda": self.emulate_cuda, "cuda": self.cuda}
+        variant = next((name for name, wanted in variants.items() if wanted), "cpu")
         file = NinjaFile(Path("build", "objects", variant))
         os.chdir(ROOT)
         self.add_cpu(file)
         self.add_bind(file)
         if self.cuda:
             self.add_cuda(file)
+        if self.emulate_cuda:
+            self.add_emulated_cuda(file)
         library = file.folder / "_C.so"
         self.add_link(file, library)
         file.run()
@@ -330,14 +346,18 @@ class BuildExtension(build_ext):
         flags = [*COMMON_FLAGS, "-Icsrc/include", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
         flags += ["-isystem", str(self.torch.root / "include")]
         flags += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
-        flags += ["-DFASTATTN_WITH_CUDA"] if self.cuda else []
+        if self.cuda or self.emulate_cuda:
+            flags.append("-DFASTATTN_WITH_CUDA")
+        if self.emulate_cuda:
+            flags += ["-DFASTATTN_CUDA_EMULATE", f"-I{CUDA_EMULATOR}"]
         about = {
             "FASTATTN_VERSION": self.distribution.get_version(),
             "FASTATTN_BUILD_FLAGS": " ".join(COMMON_FLAGS),
             "FASTATTN_CUDA_ARCHS": ";".join(self.cuda.archs) if self.cuda else "",
         }
         for source in sorted(Path("csrc/bind").glob("*.cpp")):
-            own = [f'-D{k}="{v}"' for k, v in about.items()] if source.stem == "module" else []
+            says = source.stem in ("module", "backend")
+            own = [f'-D{k}="{v}"' for k, v in about.items()] if says else []
             file.compile(self.cxx, source, [*flags, *own])
 
     def add_cuda(self, file: NinjaFile) -> None:
@@ -351,11 +371,25 @@ class BuildExtension(build_ext):
             if gencode := self.cuda.gencode(source):
                 file.compile(nvcc, source, [*gencode, f"-Xcompiler={host}"])
 
+    def add_emulated_cuda(self, file: NinjaFile) -> None:
+        """The host code and the kernels as they are, over tests/emulator/cuda."""
+        flags = [*COMMON_FLAGS, *CUDA_EMULATION_FLAGS]
+        for folder, pattern in (
+            ("csrc/cuda", "*.cpp"),
+            ("csrc/cuda/inst", "*.cu"),
+            (CUDA_EMULATOR, "*.cpp"),
+        ):
+            for source in sorted(Path(folder).glob(pattern)):
+                if source.stem != "self_test":  # which is a program of its own
+                    file.compile([*self.cxx, "-x", "c++"], source, flags)
+
     def add_link(self, file: NinjaFile, out: Path) -> None:
         flags = list(LINK_FLAGS)
         if self.cuda:
             flags += [f"-L{folder}" for folder in self.cuda.library_dirs]
             flags += ["-lcudart_static", "-lpthread", "-ldl", "-lrt"]
+        if self.emulate_cuda:
+            flags += ["-lpthread", "-ldl"]
         # libtorch.so, needed or not: in a CUDA build of torch it leads to libtorch_cuda.so and so
         # to the weakly declared symbols, which libtorch_cpu.so alone would leave null.
         flags += [f"-L{self.torch.root / 'lib'}", "-Wl,--no-as-needed", "-ltorch"]

@@ -55,10 +55,16 @@ void set_shapes(AttentionProblem& problem, const Tensor& query, const Tensor& ke
   }
 }
 
-void check_max_seqlen(const char* argument, int64_t given, int64_t longest) {
+// The longest of the sequences, or what bounds them where they lie on a device.
+int64_t longest_sequence(const Backend& backend, const char* argument, const IndexArray& cu,
+                         int64_t count, int64_t rows, const char* max_argument, int64_t given) {
+  if (backend.on_device) return given >= 0 ? min_of(given, rows) : rows;
+  const int64_t longest = check_cu_seqlens(argument, cu, count, rows);
   if (given >= 0 && given < longest) {
-    fail(argument, "at least " + got(longest) + ", the longest sequence in cu_seqlens", got(given));
+    fail(max_argument, "at least " + got(longest) + ", the longest sequence in cu_seqlens",
+         got(given));
   }
+  return longest;
 }
 
 }  // namespace
@@ -89,8 +95,8 @@ void set_packed_queries(AttentionProblem& problem, const AttentionOptions& optio
   p.total_q = p.seqlen_q;
   p.batch0 = options.cu_seqlens_q->numel() - 1;
   p.cu_seqlens_q = index_array(problem.held, "cu_seqlens_q", *options.cu_seqlens_q, {p.batch0 + 1});
-  p.seqlen_q = check_cu_seqlens("cu_seqlens_q", p.cu_seqlens_q, p.batch0, p.total_q);
-  check_max_seqlen("max_seqlen_q", options.max_seqlen_q, p.seqlen_q);
+  p.seqlen_q = longest_sequence(problem.backend, "cu_seqlens_q", p.cu_seqlens_q, p.batch0,
+                                p.total_q, "max_seqlen_q", options.max_seqlen_q);
 }
 
 namespace {
@@ -103,8 +109,8 @@ void set_packed(AttentionProblem& problem, const AttentionOptions& options) {
   set_packed_queries(problem, options);
   p.total_k = p.seqlen_k;
   p.cu_seqlens_k = index_array(problem.held, "cu_seqlens_k", *options.cu_seqlens_k, {p.batch0 + 1});
-  p.seqlen_k = check_cu_seqlens("cu_seqlens_k", p.cu_seqlens_k, p.batch0, p.total_k);
-  check_max_seqlen("max_seqlen_k", options.max_seqlen_k, p.seqlen_k);
+  p.seqlen_k = longest_sequence(problem.backend, "cu_seqlens_k", p.cu_seqlens_k, p.batch0,
+                                p.total_k, "max_seqlen_k", options.max_seqlen_k);
 }
 
 }  // namespace
@@ -116,7 +122,8 @@ IndexArray sequence_lengths(AttentionProblem& problem, const char* argument,
   const int64_t batch[2] = {p.batch0, p.batch1};
   const IndexArray array =
       index_array(problem.held, argument, *lengths, Sizes(batch, problem.batch_dims > 1 ? 2 : 1));
-  for (int64_t b = 0; b < p.batch0 * p.batch1; ++b) {
+  const int64_t readable = problem.backend.on_device ? 0 : p.batch0 * p.batch1;
+  for (int64_t b = 0; b < readable; ++b) {
     const int64_t limit = problem.packed ? index_at(cu, b + 1) - index_at(cu, b) : rows;
     const int64_t length = index_at(array, b);
     if (length < 0 || length > limit) {
@@ -144,10 +151,12 @@ void require_score_shape(const AttentionProblem& problem, const char* argument,
   }
   if (fits) return;
   const int64_t without_batch1[4] = {full[0], full[2], full[3], full[4]};
-  fail(argument,
-       "a shape that broadcasts to " +
-           text_of(two_batches ? Sizes(full, 5) : Sizes(without_batch1, 4)),
-       shape_text(tensor));
+  std::string expected = "a shape that broadcasts to " +
+                         text_of(two_batches ? Sizes(full, 5) : Sizes(without_batch1, 4));
+  if (problem.packed && problem.backend.on_device) {
+    expected += " (max_seqlen_q and max_seqlen_k bound the lengths, which are on the device)";
+  }
+  fail(argument, expected, shape_text(tensor));
 }
 
 void set_score_terms(AttentionProblem& problem, const AttentionOptions& options) {
@@ -196,7 +205,22 @@ int64_t checked_offset(const char* argument, int64_t offset) {
   return offset;
 }
 
-void set_scalars(AttentionParams& p, const AttentionOptions& options) {
+// The seed and offset of dropout: read here, or by csrc/cuda's kernels.
+void set_philox(AttentionProblem& problem, const AttentionOptions& options) {
+  AttentionParams& p = problem.params;
+  if (!options.philox) fail("philox", "a tensor when dropout_p > 0", "None");
+  const IndexArray philox = index_array(problem.held, "philox", *options.philox, {2});
+  if (!philox.is_int64) fail("philox", "dtype int64", dtype_text(*options.philox));
+  if (problem.backend.cuda) {
+    p.philox = philox;
+  } else {
+    p.philox_seed = static_cast<uint64_t>(index_at(philox, 0));
+    p.philox_offset = static_cast<uint64_t>(index_at(philox, 1));
+  }
+}
+
+void set_scalars(AttentionProblem& problem, const AttentionOptions& options) {
+  AttentionParams& p = problem.params;
   p.top_left = options.top_left;
   p.batch_invariant = options.batch_invariant;
   p.window_left = checked_window("left", options.window_left);
@@ -213,14 +237,7 @@ void set_scalars(AttentionParams& p, const AttentionOptions& options) {
   if (!(p.dropout_p >= 0 && p.dropout_p <= 1)) {
     fail("dropout_p", "a number from 0 to 1", std::to_string(p.dropout_p));
   }
-  if (p.dropout_p > 0) {
-    if (!options.philox) fail("philox", "a tensor when dropout_p > 0", "None");
-    require_dtype("philox", *options.philox, aoti_torch_dtype_int64(), "int64");
-    require_shape("philox", *options.philox, {2});
-    const auto* values = static_cast<const int64_t*>(options.philox->data_ptr());
-    p.philox_seed = static_cast<uint64_t>(values[0]);
-    p.philox_offset = static_cast<uint64_t>(values[options.philox->strides()[0]]);
-  }
+  if (p.dropout_p > 0) set_philox(problem, options);
 }
 
 void check_option_devices(const Tensor& query, const AttentionOptions& o) {
@@ -266,7 +283,7 @@ void set_options(AttentionProblem& problem, const Tensor& query, const Attention
   check_option_devices(query, options);
   check_option_dtypes(problem, options);
   set_score_terms(problem, options);
-  set_scalars(problem.params, options);
+  set_scalars(problem, options);
 }
 
 AttentionOptions pop_options(Stack& stack) {
@@ -292,12 +309,14 @@ AttentionOptions pop_options(Stack& stack) {
   options.dropout_p = stack.pop<double>();
   options.bshd = stack.pop<bool>();
   options.batch_invariant = stack.pop<bool>();
+  options.deterministic = stack.pop<bool>();
   return options;
 }
 
-AttentionProblem make_problem(const Tensor& query, const Tensor& key, const Tensor* value,
-                              const AttentionOptions& options) {
+AttentionProblem make_problem(const Backend& backend, const Tensor& query, const Tensor& key,
+                              const Tensor* value, const AttentionOptions& options) {
   AttentionProblem problem;
+  problem.backend = backend;
   AttentionParams& p = problem.params;
   problem.packed = options.cu_seqlens_q || options.cu_seqlens_k;
   problem.bshd = options.bshd;
@@ -305,6 +324,7 @@ AttentionProblem make_problem(const Tensor& query, const Tensor& key, const Tens
   require_like_query(query, "key", key);
   if (value) require_like_query(query, "value", *value);
   set_shapes(problem, query, key, value);
+  require_kernels(backend, p, query, "value", value);
   set_packed(problem, options);
   p.query_lengths =
       sequence_lengths(problem, "query_lengths", options.query_lengths, p.cu_seqlens_q, p.seqlen_q);
@@ -347,7 +367,7 @@ Tensor AttentionProblem::empty_in_order_of(const Tensor& like, int64_t columns) 
 }
 
 void AttentionProblem::zero_unused_rows(const Tensor& tensor, const IndexArray& cu_seqlens) const {
-  if (!packed) return;
+  if (!packed || backend.cuda) return;
   const int64_t used = index_at(cu_seqlens, params.batch0);
   const size_t row_bytes = tensor.sizes()[1] * tensor.sizes()[2] * dtype_size(params.dtype);
   const size_t count = (tensor.sizes()[0] - used) * row_bytes;

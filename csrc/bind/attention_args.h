@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "backend.h"
 #include "fastattn/params.h"
 #include "tensor_args.h"
 
@@ -19,7 +20,7 @@ namespace fastattn::bind {
   "Tensor? cu_seqlens_k=None, Tensor? philox=None, bool top_left=False, SymInt window_left=-1, " \
   "SymInt window_right=-1, SymInt query_offset=0, SymInt key_offset=0, SymInt max_seqlen_q=-1, " \
   "SymInt max_seqlen_k=-1, float? scale=None, float? softcap=None, float dropout_p=0.0, "        \
-  "bool bshd=False, bool batch_invariant=False"
+  "bool bshd=False, bool batch_invariant=False, bool deterministic=False"
 
 struct AttentionOptions {
   OptionalTensor mask, bias, alibi_slopes, sink, query_lengths, key_lengths;
@@ -31,7 +32,7 @@ struct AttentionOptions {
   int64_t max_seqlen_q = -1, max_seqlen_k = -1;  // of packed sequences; -1: find it
   std::optional<double> scale, softcap;
   double dropout_p = 0.0;
-  bool bshd = false, batch_invariant = false;
+  bool bshd = false, batch_invariant = false, deterministic = false;
 };
 
 AttentionOptions pop_options(Stack& stack);
@@ -40,6 +41,7 @@ AttentionOptions pop_options(Stack& stack);
 // arguments and `held`.
 struct AttentionProblem {
   AttentionParams params{};
+  Backend backend{};
   bool packed = false;  // (rows, heads, columns) tensors instead of (*batch, heads, rows, columns)
   bool bshd = false;    // (*batch, rows, heads, columns)
   int batch_dims = 1;   // 0 when packed, else 1 or 2
@@ -80,14 +82,17 @@ struct AttentionProblem {
   // a copy.
   Tensor empty_in_order_of(const Tensor& like, int64_t columns) const;
 
-  // Zeroes the rows of `tensor` (packed, contiguous) that belong to no sequence.
+  // Zeroes the rows of `tensor` (packed, contiguous) that belong to no sequence, unless the kernels
+  // have done it.
   void zero_unused_rows(const Tensor& tensor, const IndexArray& cu_seqlens) const;
 };
 
 // Throws when the arguments do not fit together; nothing is written before it returns. `value` may
-// be null.
-AttentionProblem make_problem(const Tensor& query, const Tensor& key, const Tensor* value,
-                              const AttentionOptions& options);
+// be null. What lies on a device is not read: of lengths and bounds, shapes and dtypes are checked
+// and kernels guard against the rest; the longest sequences are taken from max_seqlen_*, or from
+// the number of rows.
+AttentionProblem make_problem(const Backend& backend, const Tensor& query, const Tensor& key,
+                              const Tensor* value, const AttentionOptions& options);
 
 // Runs the forward pass of a problem whose outputs it allocates: (out, lse).
 std::pair<Tensor, Tensor> run_attention(AttentionProblem& problem, const Tensor& query);

@@ -25,9 +25,12 @@ CachedAttention::CachedAttention(const Tensor& query, const CacheTensors& cache,
       value_(value),
       p_(problem_.params) {
   p_.dtype = require_float("query", query);
+  problem_.backend = backend_of(query);
+  refuse_on_device();
   storage_ = check_storage(cache, "query", query);
   check_tables(tables, "query", query, storage_.head_dim);
   set_shapes();
+  require_kernels(problem_.backend, p_, query, "v_cache", &cache.v_cache);
   set_lengths(cache_lengths);
   set_starts(key_starts);
   refuse_options();
@@ -45,6 +48,16 @@ std::pair<Tensor, Tensor> CachedAttention::run() {
   p_.query = problem_.view<ConstTensor>(query_);
   if (tables_.present()) rotate_query();
   return run_attention(problem_, query_);
+}
+
+void CachedAttention::refuse_on_device() const {
+  if (!problem_.backend.on_device) return;
+  if (key_ != nullptr) {
+    fail("key", "None on CUDA, where kv_cache_update has no kernel in this version", "a tensor");
+  }
+  if (tables_.present()) {
+    fail("rope", "None on CUDA, where apply_rope has no kernel in this version", "a pair");
+  }
 }
 
 void CachedAttention::set_shapes() {
@@ -90,6 +103,10 @@ void CachedAttention::set_shapes() {
 void CachedAttention::set_lengths(const Tensor& cache_lengths) {
   require_device_of(query_, "cache_lengths", cache_lengths);
   old_lengths_ = index_array(problem_.held, "cache_lengths", cache_lengths, {p_.batch0});
+  if (problem_.backend.on_device) {
+    p_.key_lengths = old_lengths_;
+    return;
+  }
   lengths_.resize(static_cast<size_t>(p_.batch0));
   for (int64_t b = 0; b < p_.batch0; ++b) {
     const int64_t old = index_at(old_lengths_, b), added = key_ != nullptr ? queries_of(b) : 0;
@@ -108,6 +125,10 @@ void CachedAttention::set_starts(const OptionalTensor& key_starts) {
   if (!key_starts) return;
   require_device_of(query_, "key_starts", *key_starts);
   const IndexArray given = index_array(problem_.held, "key_starts", *key_starts, {p_.batch0});
+  if (problem_.backend.on_device) {
+    starts_ = given;
+    return;
+  }
   first_keys_ = lengths_;
   for (int64_t b = 0; b < p_.batch0; ++b) {
     const int64_t start = index_at(given, b);
@@ -146,7 +167,7 @@ void CachedAttention::set_cache() {
 
 // Pages that no query can see may be gone.
 void CachedAttention::check_pages() const {
-  if (!storage_.paged) return;
+  if (!storage_.paged || problem_.backend.on_device) return;
   for (int64_t b = 0; b < p_.batch0; ++b) {
     const int64_t length = lengths_[static_cast<size_t>(b)];
     int64_t first = starts_.data != nullptr ? index_at(starts_, b) : 0;

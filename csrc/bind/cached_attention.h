@@ -6,7 +6,8 @@
 namespace fastattn::bind {
 
 // Attention of queries over a cache, after new keys and values were written to it where there are
-// any.
+// any. On a device nothing can be written or rotated yet, and lengths, starts and pages are not
+// read: kernels guard against what they hold.
 class CachedAttention {
  public:
   // Checks everything; nothing is written. The arguments must outlive the object.
@@ -18,6 +19,7 @@ class CachedAttention {
   std::pair<Tensor, Tensor> run();
 
  private:
+  void refuse_on_device() const;
   void set_shapes();
   void set_lengths(const Tensor& cache_lengths);
   void set_starts(const OptionalTensor& key_starts);

@@ -8,11 +8,15 @@
 #include <utility>
 #include <vector>
 
+#include "backend.h"
 #include "fastattn/api.h"
 #include "threads.h"
 #ifdef FASTATTN_WITH_CUDA
 #include "cuda_stream.h"
 #include "fastattn/cuda_api.h"
+#endif
+#ifdef FASTATTN_CUDA_EMULATE
+#include <emulator.h>
 #endif
 
 namespace py = pybind11;
@@ -37,27 +41,44 @@ std::vector<LevelObstacle> cpu_levels() {
     levels.emplace_back(cpu::level_name(level),
                         obstacle ? std::optional<std::string>(obstacle) : std::nullopt);
   }
+#ifdef FASTATTN_CUDA_EMULATE
+  levels.emplace_back(bind::kEmulatedLevel, std::nullopt);
+#endif
   return levels;
 }
 
 std::string active_cpu_level() {
+#ifdef FASTATTN_CUDA_EMULATE
+  if (bind::emulating()) return bind::kEmulatedLevel;
+#endif
   return cpu::level_name(cpu::active_level());
 }
 
+void require_level_runs(cpu::Level level) {
+  if (level <= cpu::detected_level()) return;
+  const char* obstacle = cpu::level_obstacle(level);
+  throw py::value_error(std::string("name: '") + cpu::level_name(level) + "' cannot run here (" +
+                        (obstacle ? obstacle : "above the detected level") +
+                        "); the highest level is '" + cpu::level_name(cpu::detected_level()) + "'");
+}
+
 void set_cpu_level(const std::string& name) {
+#ifdef FASTATTN_CUDA_EMULATE
+  if (name == bind::kEmulatedLevel) {
+    bind::set_emulating(true);
+    return cpu::set_level_limit(cpu::detected_level());
+  }
+#endif
   std::string known;
   for (int i = 0; i < cpu::kNumLevels; ++i) {
     const auto level = static_cast<cpu::Level>(i);
     known += (i ? ", " : "") + std::string(cpu::level_name(level));
     if (name != cpu::level_name(level)) continue;
-    if (level > cpu::detected_level()) {
-      const char* obstacle = cpu::level_obstacle(level);
-      throw py::value_error("name: '" + name + "' cannot run here (" +
-                            (obstacle ? obstacle : "above the detected level") +
-                            "); the highest level is '" + cpu::level_name(cpu::detected_level()) +
-                            "'");
-    }
+    require_level_runs(level);
     cpu::set_level_limit(level);
+#ifdef FASTATTN_CUDA_EMULATE
+    bind::set_emulating(false);
+#endif
     return;
   }
   throw py::value_error("name: expected one of " + known + ", got '" + name + "'");
@@ -78,9 +99,13 @@ std::vector<std::string> cuda_archs() {
   return archs;
 }
 
-#ifdef FASTATTN_WITH_CUDA
-constexpr bool kWithCuda = true;
+#ifdef FASTATTN_ON_CUDA
+constexpr bool kOnCuda = true;
+#else
+constexpr bool kOnCuda = false;
+#endif
 
+#ifdef FASTATTN_WITH_CUDA
 std::pair<int, bool> cuda_probe(int device) {
   void* stream = nullptr;
   const bool torch_stream = current_cuda_stream(device, &stream);
@@ -90,8 +115,6 @@ std::pair<int, bool> cuda_probe(int device) {
   }
   return {result.arch, torch_stream};
 }
-#else
-constexpr bool kWithCuda = false;
 #endif
 
 // FLOPs of the products of a dtype, or exponentials, done in so many rounds on every thread.
@@ -112,13 +135,20 @@ PYBIND11_MODULE(_C, m) {
   m.attr("version") = FASTATTN_VERSION;
   m.attr("compiler") = kCompiler;
   m.attr("build_flags") = FASTATTN_BUILD_FLAGS;
-  m.attr("built_with_cuda") = kWithCuda;
+  m.attr("built_with_cuda") = kOnCuda;
   m.attr("cuda_archs") = py::tuple(py::cast(cuda_archs()));
   m.def("cpu_levels", &cpu_levels);
   m.def("active_cpu_level", &active_cpu_level);
   m.def("set_cpu_level", &set_cpu_level, py::arg("name"));
   m.def("cpu_peak", &cpu_peak, py::arg("what"), py::arg("rounds"),
         py::call_guard<py::gil_scoped_release>());
+#ifdef FASTATTN_CUDA_EMULATE
+  m.attr("emulates_cuda") = true;
+  m.def("emulator_launches", &emulator::launches);
+  m.def("set_emulator_seed", &emulator::set_seed, py::arg("seed"));
+#else
+  m.attr("emulates_cuda") = false;
+#endif
 #ifdef FASTATTN_WITH_CUDA
   m.def("cuda_probe", &cuda_probe, py::arg("device") = 0, py::call_guard<py::gil_scoped_release>());
 #endif

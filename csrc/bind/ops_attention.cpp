@@ -1,7 +1,6 @@
 // The attention ops: torch.ops.fastattn.attention_*.
 
 #include <limits>
-#include <memory>
 
 #include "attention_args.h"
 #include "fastattn/api.h"
@@ -11,9 +10,9 @@
 namespace fastattn::bind {
 namespace {
 
-// lse = -inf for the packed rows that belong to no sequence.
+// lse = -inf for the packed rows that belong to no sequence, unless the kernels have done it.
 void fill_unused_lse(const AttentionProblem& problem, const Tensor& lse) {
-  if (!problem.packed) return;
+  if (!problem.packed || problem.backend.cuda) return;
   const AttentionParams& p = problem.params;
   for (int64_t head = 0; head < p.heads_q; ++head) {
     for (int64_t row = index_at(p.cu_seqlens_q, p.batch0); row < p.total_q; ++row) {
@@ -42,7 +41,7 @@ std::pair<Tensor, Tensor> run_attention(AttentionProblem& problem, const Tensor&
   if (problem.has_scores()) {
     p.out = problem.view<MutableTensor>(out);
     p.lse = problem.lse_view<MutableTensor>(lse);
-    check_status(cpu::attention_forward(p, torch_threads()));
+    run_forward(problem.backend, p, query);
     problem.zero_unused_rows(out, p.cu_seqlens_q);
     fill_unused_lse(problem, lse);
   } else {
@@ -60,7 +59,7 @@ void attention_forward(Stack& stack) {
   const auto key = stack.pop<Tensor>();
   const auto value = stack.pop<Tensor>();
   const AttentionOptions options = pop_options(stack);
-  AttentionProblem problem = make_problem(query, key, &value, options);
+  AttentionProblem problem = make_problem(backend_of(query), query, key, &value, options);
   const auto [out, lse] = run_attention(problem, query);
   stack.push(out);
   stack.push(lse);
@@ -79,16 +78,16 @@ void attention_plain(Stack& stack) {
   options.scale = stack.pop<std::optional<double>>();
   options.bshd = stack.pop<bool>();
 
-  AttentionProblem problem = make_problem(query, key, &value, options);
+  AttentionProblem problem = make_problem(backend_of(query), query, key, &value, options);
   AttentionParams& p = problem.params;
   Tensor out = problem.empty_in_order_of(query, p.head_dim_v);
   if (problem.has_scores()) {
     const int64_t rows = p.batch0 * p.batch1 * p.heads_q * p.seqlen_q;
-    const std::unique_ptr<char[]> lse(new char[rows * dtype_size(problem.real_dtype())]);
+    const Scratch lse(problem.backend, rows * dtype_size(problem.real_dtype()), query);
     p.out = problem.view<MutableTensor>(out);
-    p.lse = {lse.get(),
+    p.lse = {lse.data(),
              {p.batch1 * p.heads_q * p.seqlen_q, p.heads_q * p.seqlen_q, p.seqlen_q, 1, 0}};
-    check_status(cpu::attention_forward(p, torch_threads()));
+    run_forward(problem.backend, p, query);
   } else {
     torch::stable::zero_(out);
   }
@@ -132,7 +131,7 @@ void attention_backward(Stack& stack) {
   const bool need_dsink = stack.pop<bool>();
   const AttentionOptions options = pop_options(stack);
 
-  AttentionProblem problem = make_problem(query, key, &value, options);
+  AttentionProblem problem = make_problem(backend_of(query), query, key, &value, options);
   AttentionParams& p = problem.params;
   check_saved(problem, query, out, lse, dout, dlse);
   if (need_dbias && !options.bias) fail("bias", "a tensor, for its gradient", "None");
@@ -170,7 +169,8 @@ void attention_backward(Stack& stack) {
     }
     if (need_dbias) gradient.dbias = problem.score_view<MutableTensor>(dbias);
     if (need_dsink) gradient.dsink = {dsink.data_ptr(), {0, 0, 1, 0, 0}};
-    check_status(cpu::attention_backward(gradient, torch_threads()));
+    gradient.deterministic = options.deterministic;
+    run_backward(problem.backend, gradient, query);
     if (need_dquery) problem.zero_unused_rows(dquery, p.cu_seqlens_q);
     if (need_dkey_dvalue) {
       problem.zero_unused_rows(dkey, p.cu_seqlens_k);
@@ -186,7 +186,8 @@ AttentionProblem make_weights_problem(const Tensor& query, const Tensor& key, co
   if (options.cu_seqlens_q || options.cu_seqlens_k) {
     fail("cu_seqlens_q", "None: weights of packed sequences are not offered", "a tensor");
   }
-  AttentionProblem problem = make_problem(query, key, nullptr, options);
+  // Of the backends only the CPU's has kernels for it, also where attention itself is emulated.
+  AttentionProblem problem = make_problem(Backend{}, query, key, nullptr, options);
   require_device_of(query, "lse", lse);
   require_dtype("lse", lse, dtype_code(problem.real_dtype()), "of attention's lse");
   require_shape("lse", lse, problem.lse_shape(query));
@@ -272,8 +273,9 @@ void attention_schedule(Stack& stack) {
   const auto key = stack.pop<Tensor>();
   const auto value = stack.pop<Tensor>();
   const AttentionOptions options = pop_options(stack);
-  const AttentionProblem problem = make_problem(query, key, &value, options);
-  stack.push(std::string(problem.has_scores() ? cpu::attention_schedule(problem.params) : "none"));
+  const AttentionProblem problem = make_problem(backend_of(query), query, key, &value, options);
+  stack.push(problem.has_scores() ? schedule_of(problem.backend, problem.params, query)
+                                  : std::string("none"));
 }
 
 #define FASTATTN_FORWARD_ARGUMENTS \
@@ -306,6 +308,15 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("attention_column_sums", boxed<attention_column_sums>);
   m.impl("attention_schedule", boxed<attention_schedule>);
 }
+
+#ifdef FASTATTN_ON_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+  m.impl("attention_forward", boxed<attention_forward>);
+  m.impl("attention_plain", boxed<attention_plain>);
+  m.impl("attention_backward", boxed<attention_backward>);
+  m.impl("attention_schedule", boxed<attention_schedule>);
+}
+#endif
 
 }  // namespace
 }  // namespace fastattn::bind

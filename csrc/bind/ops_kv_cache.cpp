@@ -217,5 +217,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("attention_with_cache_", boxed<attention_with_cache<true>>);
 }
 
+#ifdef FASTATTN_ON_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+  m.impl("attention_with_cache", boxed<attention_with_cache<false>>);
+  m.impl("attention_with_cache_", boxed<attention_with_cache<true>>);
+}
+#endif
+
 }  // namespace
 }  // namespace fastattn::bind

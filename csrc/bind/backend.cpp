@@ -1,0 +1,142 @@
+#include "backend.h"
+
+#include "fastattn/api.h"
+#include "fastattn/cuda_api.h"
+#include "status.h"
+#include "threads.h"
+
+#if defined(FASTATTN_CUDA_EMULATE)
+#include <atomic>
+#include <cstdlib>
+#elif defined(FASTATTN_WITH_CUDA)
+#include "cuda_stream.h"
+#endif
+
+namespace fastattn::bind {
+
+#if defined(FASTATTN_CUDA_EMULATE)
+
+namespace {
+
+std::atomic<bool>& emulation() {
+  static std::atomic<bool> on{[] {
+    const char* level = std::getenv("FASTATTN_CPU_ISA");
+    return level != nullptr && std::string(level) == kEmulatedLevel;
+  }()};
+  return on;
+}
+
+cuda::Place place_of(const Tensor&) {
+  return {0, nullptr};
+}
+
+}  // namespace
+
+bool emulating() {
+  return emulation().load(std::memory_order_relaxed);
+}
+
+void set_emulating(bool on) {
+  emulation().store(on, std::memory_order_relaxed);
+}
+
+Backend backend_of(const Tensor&) {
+  return {.cuda = emulating(), .on_device = false};
+}
+
+#elif defined(FASTATTN_WITH_CUDA)
+
+namespace {
+
+cuda::Place place_of(const Tensor& query) {
+  cuda::Place place{query.get_device_index(), nullptr};
+  if (!current_cuda_stream(place.device, &place.stream)) {
+    throw std::runtime_error("fastattn cannot find torch's current CUDA stream");
+  }
+  return place;
+}
+
+}  // namespace
+
+Backend backend_of(const Tensor& query) {
+  int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(query.get(), &type));
+  const bool cuda = type == aoti_torch_device_type_cuda();
+  return {.cuda = cuda, .on_device = cuda};
+}
+
+#else
+
+Backend backend_of(const Tensor&) {
+  return {};
+}
+
+#endif
+
+#ifdef FASTATTN_WITH_CUDA
+
+namespace {
+
+void check_cuda_status(Status status) {
+  if (status == Status::kNotBuilt) {
+    throw std::runtime_error(
+        "fastattn was built for the CUDA architectures " FASTATTN_CUDA_ARCHS
+        ", and this device runs none of them: rebuild with its own in FASTATTN_CUDA_ARCHS "
+        "(nvidia-smi --query-gpu=compute_cap --format=csv prints it; 8.6 is 86)");
+  }
+  if (status == Status::kLaunchFailed) {
+    throw std::runtime_error(std::string("CUDA refused fastattn's kernel: ") + cuda::last_error());
+  }
+  check_status(status);
+}
+
+}  // namespace
+
+#endif
+
+void require_kernels(const Backend& backend, const AttentionParams& params, const Tensor& query,
+                     const char* value_argument, const Tensor* value) {
+  if (!backend.cuda) return;
+  if (params.dtype == DType::kFloat64) {
+    fail("query", "dtype float32, bfloat16 or float16 on CUDA", dtype_text(query));
+  }
+  const std::string expected = "a head_dim of 1 to " + got(cuda::kMaxHeadDim) + " on CUDA";
+  if (params.head_dim > cuda::kMaxHeadDim) fail("query", expected, shape_text(query));
+  if (value != nullptr && params.head_dim_v > cuda::kMaxHeadDim) {
+    fail(value_argument, expected, shape_text(*value));
+  }
+}
+
+void run_forward([[maybe_unused]] const Backend& backend, const AttentionParams& params,
+                 [[maybe_unused]] const Tensor& query) {
+#ifdef FASTATTN_WITH_CUDA
+  if (backend.cuda) {
+    const cuda::Place place = place_of(query);
+    const Scratch workspace(backend, cuda::attention_forward_workspace(params, place), query);
+    return check_cuda_status(cuda::attention_forward(params, workspace.data(), place));
+  }
+#endif
+  check_status(cpu::attention_forward(params, torch_threads()));
+}
+
+void run_backward([[maybe_unused]] const Backend& backend, const AttentionGradParams& params,
+                  [[maybe_unused]] const Tensor& query) {
+#ifdef FASTATTN_WITH_CUDA
+  if (backend.cuda) {
+    const cuda::Place place = place_of(query);
+    const Scratch workspace(backend, cuda::attention_backward_workspace(params, place), query);
+    return check_cuda_status(cuda::attention_backward(params, workspace.data(), place));
+  }
+#endif
+  check_status(cpu::attention_backward(params, torch_threads()));
+}
+
+std::string schedule_of([[maybe_unused]] const Backend& backend, const AttentionParams& params,
+                        [[maybe_unused]] const Tensor& query) {
+#ifdef FASTATTN_WITH_CUDA
+  if (backend.cuda) return cuda::attention_schedule(params, place_of(query));
+#endif
+  return cpu::attention_schedule(params);
+}
+
+}  // namespace fastattn::bind

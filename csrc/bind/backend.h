@@ -1,0 +1,63 @@
+// Which kernels an attention op runs on: csrc/cpu's, csrc/cuda's, or, in a build for tests, those
+// of csrc/cuda over an emulator that computes on the CPU. Here alone the ops learn of the
+// difference.
+#pragma once
+
+#include <memory>
+#include <string>
+
+#include "fastattn/params.h"
+#include "tensor_args.h"
+
+// The ops take tensors on GPUs.
+#if defined(FASTATTN_WITH_CUDA) && !defined(FASTATTN_CUDA_EMULATE)
+#define FASTATTN_ON_CUDA
+#endif
+
+namespace fastattn::bind {
+
+struct Backend {
+  bool cuda = false;       // csrc/cuda's kernels
+  bool on_device = false;  // what the tensors hold is out of the host's reach
+};
+
+// That of an attention op whose tensors are on the device of `query`.
+Backend backend_of(const Tensor& query);
+
+#ifdef FASTATTN_CUDA_EMULATE
+// Whether attention on CPU tensors runs on the emulator: the level of this name is in use, by
+// FASTATTN_CPU_ISA at first.
+constexpr const char* kEmulatedLevel = "sm80";
+bool emulating();
+void set_emulating(bool on);
+#endif
+
+// Throws unless the backend has kernels for this dtype and these head dims. `value` may be null.
+void require_kernels(const Backend& backend, const AttentionParams& params, const Tensor& query,
+                     const char* value_argument, const Tensor* value);
+
+void run_forward(const Backend& backend, const AttentionParams& params, const Tensor& query);
+void run_backward(const Backend& backend, const AttentionGradParams& params, const Tensor& query);
+std::string schedule_of(const Backend& backend, const AttentionParams& params, const Tensor& query);
+
+// Uninitialised memory for the time of one op, on its device.
+class Scratch {
+ public:
+  Scratch(const Backend& backend, size_t bytes, const Tensor& query) {
+    if (!backend.cuda) {
+      host_.reset(new char[bytes]);  // cheaper than a tensor
+    } else if (bytes > 0) {
+      tensor_ = empty_contiguous({static_cast<int64_t>(bytes)}, aoti_torch_dtype_uint8(), query);
+    }
+  }
+
+  void* data() const {
+    return tensor_ ? tensor_->data_ptr() : host_.get();
+  }
+
+ private:
+  std::unique_ptr<char[]> host_;
+  OptionalTensor tensor_;
+};
+
+}  // namespace fastattn::bind
