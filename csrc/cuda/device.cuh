@@ -61,9 +61,7 @@ cudaError_t launch(void (*kernel)(Params...), const LaunchConfig& config,
   native.blockDim = config.block;
   native.dynamicSmemBytes = config.shared_bytes;
   native.stream = config.stream;
-  void* arguments[] = {const_cast<void*>(static_cast<const void*>(&params))...};
-  const cudaError_t error =
-      cudaLaunchKernelExC(&native, reinterpret_cast<const void*>(kernel), arguments);
+  const cudaError_t error = cudaLaunchKernelEx(&native, kernel, params...);
   // NOTE: the runtime remembers the error too; left there, the caller's next check would report it.
   if (error != cudaSuccess) cudaGetLastError();
   return error;

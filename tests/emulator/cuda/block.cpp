@@ -1,0 +1,223 @@
+#include "block.h"
+
+#include <algorithm>
+#include <bit>
+#include <map>
+#include <string>
+#include <tuple>
+
+#include "shared_memory.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace fastattn::emulator {
+
+Block block;
+
+namespace {
+
+constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr Operation kExit = {"its end", false, nullptr};
+
+// Whoever arrives must want what those want that wait.
+void arrive(Rendezvous& meeting, Thread& thread, const char* group, const Operation& operation,
+            const Where& where) {
+  thread.operation = &operation;
+  thread.where = where;
+  if (meeting.arrived++ == 0) {
+    meeting.operation = &operation;
+    meeting.where = where;
+    meeting.first = thread.number;
+  } else if (meeting.operation != &operation || !is_same_place(meeting.where, where)) [[unlikely]] {
+    fail(where, "divergence: %s, while thread %d of the same %s waits at %s (%s:%u)",
+         operation.name, meeting.first, group, meeting.operation->name, meeting.where.file_name(),
+         meeting.where.line());
+  }
+}
+
+}  // namespace
+
+// ---- Taking turns -------------------------------------------------------------------------------
+
+void Block::thread_main() {
+  for (;;) {
+    block.call_->invoke(block.call_->closure);
+    block.leave_thread();
+  }
+}
+
+void Block::make_current(Thread& thread) {
+  current_ = &thread;
+  threadIdx = thread.index;
+}
+
+// The next in turn, or none where all have ended.
+Thread* Block::next_thread() {
+  for (int k = 0; warp_->ready == 0; ++k) {
+    if (k == warp_count_) {
+      if (exited_ < thread_count_) fail_deadlocked();
+      return nullptr;
+    }
+    warp_ = &warps_[warp_order_[static_cast<uint64_t>(k)]];
+  }
+  const auto position = static_cast<uint32_t>(std::countr_zero(warp_->ready));
+  warp_->ready &= warp_->ready - 1;
+  return warp_->threads + warp_->order[position];
+}
+
+// Returns when it is the caller's turn again.
+void Block::let_others_run() {
+  Thread& self = *current_;
+  Thread* const next = next_thread();
+  if (next == &self) return;
+  if (next != nullptr) make_current(*next);
+  Fiber::switch_between(self.fiber, next != nullptr ? next->fiber : host_);
+}
+
+void Block::release(Warp& warp) {
+  warp.order.shuffle(*random_);
+  warp.ready = kAllLanes;
+}
+
+void Block::release_all() {
+  block_time_ = ++clock_;
+  for (int w = 0; w < warp_count_; ++w) {
+    warps_[w].time = clock_;
+    release(warps_[w]);
+  }
+  shuffle_warps();
+}
+
+void Block::shuffle_warps() {
+  warp_order_ = Order(static_cast<uint64_t>(warp_count_), *random_);
+  warp_ = &warps_[warp_order_[0]];
+}
+
+// ---- Meeting ------------------------------------------------------------------------------------
+
+void Block::join_warp(const Operation& operation, void* operands, const Where& where) {
+  Thread& self = *current_;
+  Warp& warp = *self.warp;
+  if (warp.exited != 0) [[unlikely]] {
+    fail(where, "divergence: %s, but lane %d of warp %d has ended", operation.name,
+         std::countr_zero(warp.exited), warp.number);
+  }
+  arrive(warp.meeting, self, "warp", operation, where);
+  warp.operands[self.lane] = operands;
+  if (warp.meeting.arrived == kLanes) {
+    if (operation.run != nullptr) operation.run(warp.operands);
+    if (operation.orders_memory) warp.time = ++clock_;
+    warp.meeting.arrived = 0;
+    release(warp);
+    if (random_->next() % 8 < restlessness_) shuffle_warps();
+  }
+  let_others_run();
+}
+
+bool Block::join_block(const Operation& operation, bool vote, const Where& where) {
+  if (exited_ > 0) [[unlikely]] {
+    fail(where, "deadlock: %s, but %d threads of the block have ended", operation.name, exited_);
+  }
+  if (meeting_.arrived == 0) vote_ = false;
+  arrive(meeting_, *current_, "block", operation, where);
+  vote_ |= vote;
+  if (meeting_.arrived == thread_count_) {
+    meeting_.arrived = 0;
+    result_ = vote_;
+    release_all();
+  }
+  let_others_run();
+  return result_;
+}
+
+// The end of a thread; returns where the next block begins.
+void Block::leave_thread() {
+  Thread& self = *current_;
+  Warp& warp = *self.warp;
+  self.copies.check_all_landed(self.where);
+  self.operation = &kExit;
+  warp.exited |= 1u << self.lane;
+  ++exited_;
+  if (warp.meeting.arrived > 0) [[unlikely]] {
+    fail(warp.meeting.where, "divergence: %s, but lane %d of warp %d has ended",
+         warp.meeting.operation->name, self.lane, warp.number);
+  }
+  if (meeting_.arrived > 0) [[unlikely]] {
+    fail(meeting_.where, "deadlock: thread %d waits at %s, but this thread has ended",
+         meeting_.first, meeting_.operation->name);
+  }
+  let_others_run();
+}
+
+void Block::fail_deadlocked() {
+  using Place = std::tuple<std::string, std::string, unsigned>;
+  static std::map<Place, std::pair<int, int>> waiting;  // how many, the first of them
+  static std::string text;
+  waiting.clear();
+  text.clear();
+  for (int t = 0; t < thread_count_; ++t) {
+    const Thread& thread = threads_[t];
+    const Place place = {thread.operation->name, thread.where.file_name(), thread.where.line()};
+    ++waiting.try_emplace(place, 0, t).first->second.first;
+  }
+  for (const auto& [place, who] : waiting) {
+    text += text.empty() ? "" : ", ";
+    text += std::to_string(who.first) + " threads (" + std::to_string(who.second) + ", ...) at " +
+            std::get<0>(place) + " (" + std::get<1>(place) + ":" +
+            std::to_string(std::get<2>(place)) + ")";
+  }
+  fail(current_->where, "deadlock: %s", text.c_str());
+}
+
+// ---- A block ------------------------------------------------------------------------------------
+
+void Block::begin(uint3 index, uint3 shape, Random& random) {
+  blockIdx = index;
+  random_ = &random;
+  thread_count_ = static_cast<int>(shape.x * shape.y * shape.z);
+  warp_count_ = thread_count_ / kLanes;
+  exited_ = 0;
+  failed_ = false;
+  meeting_.arrived = 0;
+  const uint64_t choices[] = {0, 1, 8};
+  restlessness_ = choices[random.next() % 3];
+  for (int t = 0; t < thread_count_; ++t) {
+    Thread& thread = threads_[t];
+    const auto number = static_cast<unsigned>(t);
+    thread.index = {number % shape.x, number / shape.x % shape.y, number / shape.x / shape.y};
+    thread.number = t;
+    thread.lane = t % kLanes;
+    thread.warp = &warps_[t / kLanes];
+    thread.where = {};
+    if (t >= prepared_) {
+      thread.copies.clear();
+      thread.fiber.prepare(thread_main);
+    }
+  }
+  prepared_ = std::max(prepared_, thread_count_);
+  for (int w = 0; w < warp_count_; ++w) {
+    Warp& warp = warps_[w];
+    warp.number = w;
+    warp.threads = &threads_[w * kLanes];
+    warp.exited = 0;
+    warp.meeting.arrived = 0;
+  }
+  release_all();
+}
+
+bool Block::run(const Call& call, uint3 index, uint3 shape, Random& random) {
+  call_ = &call;
+  begin(index, shape, random);
+  make_current(*next_thread());
+  Fiber::switch_between(host_, current_->fiber);
+  return !failed_;
+}
+
+void Block::abandon() {
+  failed_ = true;
+  prepared_ = 0;
+  host_.go_on();
+}
+
+}  // namespace fastattn::emulator

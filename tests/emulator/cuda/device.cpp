@@ -1,0 +1,116 @@
+// The runtime around launches: one device like an A100, but with few multiprocessors, so that
+// splitting work over them has something to do.
+#include "device.h"
+
+#include <cuda_runtime.h>
+#include <stdlib.h>
+
+#include <mutex>
+#include <unordered_map>
+
+#include "emulator.h"
+#include "shared_memory.h"
+
+namespace fastattn::emulator {
+namespace {
+
+constexpr int kMultiprocessors = 4;
+constexpr size_t kSharedBytesUnasked = 48 << 10;
+
+std::mutex attributes_turn;
+std::unordered_map<const void*, size_t> shared_bytes_of;
+
+}  // namespace
+
+size_t allowed_shared_bytes(const void* kernel) {
+  const std::lock_guard lock(attributes_turn);
+  const auto found = shared_bytes_of.find(kernel);
+  return found == shared_bytes_of.end() ? kSharedBytesUnasked : found->second;
+}
+
+}  // namespace fastattn::emulator
+
+using namespace fastattn::emulator;
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+  if (value < 0 || static_cast<size_t>(value) > kMaxSharedBytes) return cudaErrorInvalidValue;
+  const std::lock_guard lock(attributes_turn);
+  shared_bytes_of[kernel] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
+
+const char* cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "no error";
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorInvalidDeviceFunction: return "invalid device function";
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available";
+    default: return *last_error() != '\0' ? last_error() : "invalid argument";
+  }
+}
+
+// Errors are returned where they happen, and not remembered.
+cudaError_t cudaGetLastError() {
+  return cudaSuccess;
+}
+cudaError_t cudaPeekAtLastError() {
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) {
+  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  if (device != 0) return cudaErrorInvalidDevice;
+  switch (attribute) {
+    case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
+    case cudaDevAttrMaxSharedMemoryPerBlock: *value = kSharedBytesUnasked; break;
+    case cudaDevAttrMultiProcessorCount: *value = kMultiprocessors; break;
+    case cudaDevAttrL2CacheSize: *value = 40 << 20; break;
+    case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 164 << 10; break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = kMaxSharedBytes; break;
+    case cudaDevAttrReservedSharedMemoryPerBlock: *value = 1 << 10; break;
+    default: return cudaErrorInvalidValue;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaDeviceSynchronize() {
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t) {
+  return cudaSuccess;
+}
+
+cudaError_t cudaMalloc(void** pointer, size_t bytes) {
+  constexpr size_t kAlignment = 256;
+  *pointer = aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  return *pointer != nullptr || bytes == 0 ? cudaSuccess : cudaErrorMemoryAllocation;
+}
+cudaError_t cudaFree(void* pointer) {
+  free(pointer);
+  return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+  memset(pointer, value, bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t) {
+  memmove(to, from, bytes);
+  return cudaSuccess;
+}
