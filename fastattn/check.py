@@ -15,8 +15,8 @@ from fastattn.testing import (
     assert_accurate,
     attention_inputs,
     check_attention,
-    cpu_level,
     randn,
+    running_on,
     to_float64,
 )
 
@@ -34,7 +34,7 @@ def run_check() -> bool:
         if obstacle is not None:
             print(f"{level:<12}not run: {obstacle}")
             continue
-        with cpu_level(level):
+        with running_on(level):
             for dtype in DTYPES:
                 for name, case in _cases():
                     line = f"{level:<12}{str(dtype).removeprefix('torch.'):<10}{name:<16}"

@@ -41,9 +41,11 @@ Results = dict[str, Tensor]
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers that depend on shape and seed alone, rounded to dtype."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+    """Normal numbers that depend on shape and seed alone, rounded to dtype; on torch's default
+    device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return drawn.to(torch.get_default_device(), dtype)
 
 
 def restride(x: Tensor, kind: str) -> Tensor:
@@ -193,8 +195,8 @@ def inference_results(
 
 def cotangents(out: Tensor, lse: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Random gradients of out and lse; values that every floating dtype holds exactly."""
-    dout = randn(*out.shape, seed=seed, dtype=torch.bfloat16).to(out.dtype)
-    return dout, randn(*lse.shape, seed=seed + 1, dtype=torch.bfloat16).to(lse.dtype)
+    dout = randn(*out.shape, seed=seed, dtype=torch.bfloat16).to(out)
+    return dout, randn(*lse.shape, seed=seed + 1, dtype=torch.bfloat16).to(lse)
 
 
 def to_float64(value: Any) -> Any:
@@ -353,10 +355,15 @@ def one_thread() -> Iterator[None]:
 
 
 @contextmanager
-def cpu_level(name: str) -> Iterator[None]:
-    """Run the block on one CPU level."""
+def running_on(level: str) -> Iterator[None]:
+    """Run the block on one CPU level; or on "sm80", the CUDA kernels of attention over an emulated
+    GPU (in a build that has it); or with tensors made on "cuda"."""
+    if level == "cuda":
+        with torch.device("cuda"):
+            yield
+        return
     before = _C.active_cpu_level()
-    _C.set_cpu_level(name)
+    _C.set_cpu_level(level)
     try:
         yield
     finally:

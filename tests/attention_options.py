@@ -2,8 +2,10 @@
 
 import random
 
+import pytest
 import torch
 
+from fastattn import _C
 from fastattn.testing import randn
 
 # Which of (batch, heads, queries, keys) a mask or a bias has; the others are broadcast.
@@ -89,3 +91,28 @@ def with_features(names, inputs, *, layout="bhsd", seed=0):
         chosen |= FEATURES[name](place)
     extra = {name: chosen.pop(name) for name in ("bias", "sink") if name in chosen}
     return inputs | extra, chosen
+
+
+def on_gpu():
+    return torch.get_default_device().type == "cuda"
+
+
+def skip_without_kernels(dtype=torch.float32, *head_dims):
+    """Skips what CUDA has no kernels for, where these would run: on a GPU or on an emulated one."""
+    if not on_gpu() and _C.active_cpu_level() != "sm80":
+        return
+    if dtype == torch.float64:
+        pytest.skip("CUDA has no kernels of float64")
+    if max(head_dims, default=0) > 256:
+        pytest.skip("CUDA has kernels up to head_dim 256")
+
+
+def skip_on_gpu(reason):
+    if on_gpu():
+        pytest.skip(f"cuda: {reason}")
+
+
+def here(options):
+    """Options that were made when the module was loaded, on the default device of now."""
+    device = torch.get_default_device()
+    return {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in options.items()}

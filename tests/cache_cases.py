@@ -57,10 +57,15 @@ class Caches:
         if storage == "paged":
             per_request = -(-capacity // page_size)
             entries, self.rows = batch * per_request + 3, page_size
-            generator = torch.Generator().manual_seed(seed)
-            pages = torch.randperm(entries, generator=generator)[: batch * per_request]
-            self.block_table = pages.reshape(batch, per_request).to(
-                random.Random(seed).choice([torch.int32, torch.int64])
+            generator = torch.Generator("cpu").manual_seed(seed)
+            pages = torch.randperm(entries, generator=generator, device="cpu")
+            self.block_table = (
+                pages[: batch * per_request]
+                .reshape(batch, per_request)
+                .to(
+                    torch.get_default_device(),
+                    random.Random(seed).choice([torch.int32, torch.int64]),
+                )
             )
             capacity = per_request * page_size
         self.capacity = capacity

@@ -1,4 +1,9 @@
-"""Every test that takes ``level`` runs once on every CPU level, or says why it cannot."""
+"""Every test that takes ``level`` runs once on every level, or says why it cannot.
+
+Levels are those of the CPU and, in test_attention_*.py alone, those of CUDA, whose kernels are of
+attention alone: "sm80" is an emulated GPU, in a build that has one (FASTATTN_CUDA=emulate), and
+"cuda" a real one. FASTATTN_CPU_ISA chooses one of all but the last.
+"""
 
 import os
 
@@ -6,20 +11,38 @@ import pytest
 import torch
 
 from fastattn import _C
-from fastattn.testing import cpu_level
+from fastattn.testing import running_on
+
+ATTENTION = "test_attention_"
 
 
-def _levels():
+def _levels(attention):
     only = os.environ.get("FASTATTN_CPU_ISA")
     for name, obstacle in _C.cpu_levels():
-        if only in (None, "", name):
+        if only in (None, "", name) and (attention or name != "sm80"):
             marks = [pytest.mark.skip(reason=f"{name}: {obstacle}")] if obstacle else []
             yield pytest.param(name, id=name, marks=marks)
+    if attention and not only and _C.built_with_cuda and torch.cuda.is_available():
+        yield pytest.param("cuda", id="cuda")
 
 
-@pytest.fixture(params=list(_levels()))
+def pytest_generate_tests(metafunc):
+    if "level" in metafunc.fixturenames:
+        levels = list(_levels(metafunc.module.__name__.startswith(ATTENTION)))
+        metafunc.parametrize("level", levels, indirect=True)
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("FASTATTN_CPU_ISA") != "sm80":
+        return
+    for item in items:
+        if not item.path.name.startswith(ATTENTION):
+            item.add_marker(pytest.mark.skip(reason="sm80: has the kernels of attention alone"))
+
+
+@pytest.fixture
 def level(request):
-    with cpu_level(request.param):
+    with running_on(request.param):
         yield request.param
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_options import BROADCASTS, FEATURES, Place, with_features
+from attention_options import BROADCASTS, FEATURES, Place, skip_without_kernels, with_features
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -57,6 +57,7 @@ def shape_of(case):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", SHAPES, ids=lambda c: "-".join(map(str, c.values())))
 def test_every_shape(level, dtype, case):
+    skip_without_kernels(dtype, case["head_dim"], case["head_dim_v"])
     inputs = attention_inputs(**shape_of(case), dtype=dtype)
     check_attention(fa.attention, inputs, causal=case["causal"])
 
@@ -97,6 +98,7 @@ def test_masks_and_biases_of_every_broadcast_shape(level, dtype, pattern):
 
 
 def test_every_feature_in_float64():
+    skip_without_kernels(torch.float64)
     for seed, names in enumerate([*([name] for name in FEATURES), list(FEATURES)]):
         shape = {"queries": 19, "keys": 37, "heads": 4, "kv_heads": 2, "head_dim": 10}
         inputs = attention_inputs(**shape, dtype=torch.float64, seed=seed)

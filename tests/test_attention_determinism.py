@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from attention_options import with_features
+from attention_options import skip_on_gpu, with_features
 
 import fastattn.functional as fa
 from fastattn.testing import (
@@ -16,6 +16,7 @@ from fastattn.testing import (
     randn,
 )
 
+NO_FORK = "CUDA does not live on in a forked process"
 CASES = {
     "prefill": ({"queries": 150, "keys": 150, "heads": 4, "kv_heads": 2}, ["causal"]),
     "shared": ({"queries": 70, "keys": 90, "heads": 6, "kv_heads": 1}, ["bias", "sink"]),
@@ -31,6 +32,7 @@ def case(name, dtype):
 
 def results(inputs, options):
     """Of both passes of training, and of inference, which has kernels of its own."""
+    options = options | {"deterministic": True}
     inferred = inference_results(fa.attention, inputs, options)
     trained = attention_results(fa.attention, inputs, options)
     return {n: x.detach() for n, x in trained.items()} | {
@@ -85,6 +87,7 @@ def test_several_threads_of_python_at_once_get_the_bits_of_one(level, name):
 
 
 def test_a_forked_child_computes_the_same_after_the_parent_used_its_threads(level, threads):
+    skip_on_gpu(NO_FORK)
     threads(2)
     inputs, options = case("prefill", torch.float32)
     want, _ = fa.attention(**inputs, **options, return_lse=True)
@@ -114,6 +117,7 @@ class _Dataset(torch.utils.data.Dataset):
 
 
 def test_the_worker_of_a_data_loader_computes_the_same(level):
+    skip_on_gpu(NO_FORK)
     inputs, options = case("prefill", torch.float32)
     want = results(inputs, options)
     loader = torch.utils.data.DataLoader(

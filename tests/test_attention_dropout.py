@@ -46,19 +46,20 @@ class _Philox(torch.autograd.Function):
 
 def kept(batch, heads, queries, keys, dropout_p, philox, layout="bhsd"):
     """Which weights the kernel kept; with one-hot values, out shows them."""
-    query = torch.zeros(*batch, heads, queries, 4)
-    key, value = torch.zeros(*batch, heads, keys, 4), torch.eye(keys).expand(*batch, heads, -1, -1)
-    if layout == "bshd":
-        query, key, value = (x.transpose(-3, -2) for x in (query, key, value))
-    out, _ = torch.ops.fastattn.attention_forward(
-        query,
-        key,
-        value,
-        philox=torch.tensor(philox),
-        dropout_p=dropout_p,
-        bshd=layout == "bshd",
-    )
-    return (out.transpose(-3, -2) if layout == "bshd" else out) > 0
+    query, key = torch.zeros(*batch, heads, queries, 4), torch.zeros(*batch, heads, keys, 4)
+    parts = []
+    for value in torch.eye(keys).expand(*batch, heads, -1, -1).split(256, dim=-1):
+        tensors = (query, key, value)
+        if layout == "bshd":
+            tensors = (x.transpose(-3, -2) for x in tensors)
+        out, _ = torch.ops.fastattn.attention_forward(
+            *tensors,
+            philox=torch.tensor(philox),
+            dropout_p=dropout_p,
+            bshd=layout == "bshd",
+        )
+        parts.append((out.transpose(-3, -2) if layout == "bshd" else out) > 0)
+    return torch.cat(parts, dim=-1)
 
 
 @pytest.mark.parametrize("dropout_p", [0.001, 0.1, 0.5, 0.9])

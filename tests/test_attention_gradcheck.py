@@ -1,11 +1,11 @@
 """Gradients in float64 against finite differences, for every differentiable input.
 
-float64 always runs on the scalar kernels, so these tests need no level.
+float64 always runs on the scalar kernels of the CPU, so these tests need no level.
 """
 
 import pytest
 import torch
-from attention_options import BROADCASTS, FEATURES, Place, with_features
+from attention_options import BROADCASTS, FEATURES, Place, skip_without_kernels, with_features
 
 import fastattn.functional as fa
 from fastattn.testing import attention_inputs, one_thread, randn
@@ -14,6 +14,7 @@ from fastattn.testing import attention_inputs, one_thread, randn
 @pytest.fixture(autouse=True)
 def _one_thread():
     """For thousands of calls of a few microseconds."""
+    skip_without_kernels(torch.float64)
     with one_thread():
         yield
 

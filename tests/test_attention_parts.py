@@ -4,13 +4,14 @@ import math
 
 import pytest
 import torch
-from attention_options import FEATURES, with_features
+from attention_options import FEATURES, skip_on_gpu, skip_without_kernels, with_features
 
 import fastattn.functional as fa
 from fastattn import reference
 from fastattn.testing import DTYPES, assert_accurate, attention_inputs, randn, to_float64
 
 SCORES = sorted({*FEATURES} - {"sink"})
+NO_WEIGHTS = "attention_weights and attention_column_sums have no kernels there"
 
 
 def accurate(function, inputs, options, name, **more):
@@ -103,6 +104,8 @@ def test_a_ring_of_chunks_at_global_positions_is_the_whole(level, dtype, cuts):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("feature", ["nothing", *SCORES, "everything"])
 def test_weights_and_column_sums_keep_the_accuracy_contract(level, dtype, feature):
+    skip_without_kernels(dtype)
+    skip_on_gpu(NO_WEIGHTS)
     names = {"nothing": [], "everything": SCORES}.get(feature, [feature])
     for seed, (queries, keys) in enumerate([(7, 9), (40, 70), (1, 130)]):
         shape = {"queries": queries, "keys": keys, "heads": 4, "kv_heads": 2, "dtype": dtype}
@@ -124,6 +127,7 @@ def test_weights_and_column_sums_keep_the_accuracy_contract(level, dtype, featur
 
 
 def test_rows_and_heads_may_be_chosen_in_any_way(level):
+    skip_on_gpu(NO_WEIGHTS)
     query, key, value = attention_inputs(queries=6, keys=8, heads=4).values()
     _, lse = fa.attention(query, key, value, return_lse=True)
     all_of_them = fa.attention_weights(query, key, lse)
@@ -141,6 +145,7 @@ def test_rows_and_heads_may_be_chosen_in_any_way(level):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_weights_of_a_row_sum_to_one_minus_the_share_of_the_sink(level, dtype):
+    skip_on_gpu(NO_WEIGHTS)
     query, key, value = attention_inputs(queries=33, keys=70, dtype=dtype).values()
     sink = torch.tensor([2.0, -1.0])
     _, plain = fa.attention(query, key, value, causal=True, return_lse=True)
@@ -152,6 +157,7 @@ def test_weights_of_a_row_sum_to_one_minus_the_share_of_the_sink(level, dtype):
 
 
 def test_weights_times_values_are_the_output_and_column_sums_its_row_sums(level):
+    skip_on_gpu(NO_WEIGHTS)
     query, key, value = attention_inputs(queries=50, keys=60, head_dim=24).values()
     out, lse = fa.attention(query, key, value, causal=True, return_lse=True)
     weights = fa.attention_weights(query, key, lse, causal=True)
@@ -161,6 +167,7 @@ def test_weights_times_values_are_the_output_and_column_sums_its_row_sums(level)
 
 
 def test_hidden_keys_have_weight_zero_even_when_they_hold_nan(level):
+    skip_on_gpu(NO_WEIGHTS)
     query, key, value = attention_inputs(queries=5, keys=9).values()
     lengths = torch.tensor([4, 0])
     key[0, :, 4:], key[1] = math.nan, math.nan

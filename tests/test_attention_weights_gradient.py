@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from attention_options import FEATURES, with_features
+from attention_options import FEATURES, skip_on_gpu, skip_without_kernels, with_features
 
 import fastattn.functional as fa
 from fastattn import reference
@@ -22,6 +22,7 @@ def _one_thread():
 
 def problem(names, seed=0, dtype=torch.float64, **shape):
     """(query, key, lse and perhaps bias by name, options) of a forward pass."""
+    skip_without_kernels(dtype)
     shape = {"queries": 3, "keys": 5, "heads": 4, "kv_heads": 2, "head_dim": 3} | shape
     inputs = attention_inputs(**shape, dtype=dtype, seed=seed)
     inputs, options = with_features(names, inputs, layout=shape.get("layout", "bhsd"), seed=seed)
@@ -66,6 +67,8 @@ def test_an_input_may_be_the_only_one_that_needs_a_gradient(wrt):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_with_the_lse_it_is_the_gradient_of_a_softmax(level, dtype):
+    skip_without_kernels(dtype)
+    skip_on_gpu("attention_weights has no kernel there")
     inputs = attention_inputs(queries=33, keys=40, heads=4, kv_heads=2, dtype=dtype)
     inputs["bias"] = randn(4, 1, 40, seed=7, dtype=dtype)
     chosen = {"rows": [3, 30], "heads": [0, 3]}

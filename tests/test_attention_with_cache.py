@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from attention_options import skip_on_gpu, skip_without_kernels
 from cache_cases import Caches, rope_tables
 from test_attention_ecosystem import Recorder
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -22,6 +23,7 @@ from fastattn.testing import (
 )
 
 TOTAL = 53
+NO_WRITES = "kv_cache_update and apply_rope have no kernels there"
 
 
 class Whole:
@@ -85,6 +87,7 @@ def steps_of(split):
 
 def attend_in_steps(whole, caches, split, **options):
     """(out, lse) of all rows, computed through the caches."""
+    skip_on_gpu(NO_WRITES)
     query = whole.inputs[0]
     out = query.new_full((*query.shape[:-1], whole.inputs[2].shape[-1]), math.nan)
     lse = torch.full(
@@ -362,12 +365,16 @@ class Case:
 
 @pytest.mark.parametrize("seed", range(len(CASES)))
 def test_everything_composes(level, seed):
-    case = Case(CASES[seed], seed)
+    drawn = CASES[seed]
+    skip_without_kernels(drawn["dtype"])
+    if drawn["new"] or drawn["rope"]:
+        skip_on_gpu(NO_WRITES)
+    case = Case(drawn, seed)
     results, caches = case.run(fa.attention_with_cache)
     with one_thread():
         _, meant = case.run(reference.attention_with_cache)
-        exact, eager = case.read(caches, torch.float64), case.read(caches, CASES[seed]["dtype"])
-    if CASES[seed]["rope"] and CASES[seed]["new"]:
+        exact, eager = case.read(caches, torch.float64), case.read(caches, drawn["dtype"])
+    if drawn["rope"] and drawn["new"]:
         for name, x in caches.views.items():
             y = meant.views[name]
             if x.dtype == torch.int8:  # a tie may fall to either side
@@ -376,10 +383,9 @@ def test_everything_composes(level, seed):
                 torch.testing.assert_close(x, y, equal_nan=True)
     else:
         assert caches.same_bytes_as(meant)
-    dtype = CASES[seed]["dtype"]
     for name, got, want, plain in zip(("out", "lse"), results, exact, eager):
         assert got.dtype == plain.dtype
-        assert_accurate(got, want, plain, name, magnitude=4.0, dtype=dtype)
+        assert_accurate(got, want, plain, name, magnitude=4.0, dtype=drawn["dtype"])
 
 
 # Padding
@@ -399,6 +405,7 @@ def singles(inputs, counts, **options):
 @pytest.mark.parametrize("side", ["left", "right", "packed"])
 @pytest.mark.parametrize("storage", ["contiguous", "paged"])
 def test_padded_batches_have_the_bits_of_single_samples(level, dtype, side, storage):
+    skip_on_gpu(NO_WRITES)
     counts, longest = [30, 0, 1, 17, 40], 40
     shapes = ((5, 4, longest, 16), (5, 2, longest, 16), (5, 2, longest, 16))
     inputs = [randn(*s, seed=i + 1, dtype=dtype) for i, s in enumerate(shapes)]
@@ -452,6 +459,7 @@ def test_padded_batches_have_the_bits_of_single_samples(level, dtype, side, stor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("storage", ["contiguous", "ring", "paged"])
 def test_batch_invariant_bits_do_not_depend_on_split_or_storage(level, dtype, storage):
+    skip_on_gpu(NO_WRITES)
     options = {"window": (30, 0), "rope": rope_tables(TOTAL, 16), "batch_invariant": True}
     whole = Whole(dtype, **options)
     query, key, value = whole.inputs
@@ -473,6 +481,7 @@ def test_batch_invariant_bits_do_not_depend_on_split_or_storage(level, dtype, st
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_generation_continues_from_padded_prompts(level, side):
     """Prompts of 9, 2 and 5 rows, then 20 single rows, equal the sequences alone."""
+    skip_on_gpu(NO_WRITES)
     whole = Whole(**OPTIONS["everything"])
     prompts, longest, steps = [9, 2, 5], 9, 20
     lengths = torch.tensor(prompts)
@@ -516,6 +525,7 @@ def test_generation_continues_from_padded_prompts(level, side):
 @pytest.mark.parametrize("kind", ["transposed", "fused", "strided", "columns", "guarded"])
 @pytest.mark.parametrize("queries", [1, 20])
 def test_any_strides(level, kind, queries):
+    skip_on_gpu(NO_WRITES)
     caches = Caches(batch=3, capacity=60, head_dim=16)
     filled = caches.rows_of(40, seed=1)
     fa.kv_cache_update(*caches.tensors(), *filled, 0)
@@ -538,6 +548,7 @@ def test_any_strides(level, kind, queries):
 @pytest.mark.parametrize("storage", ["contiguous", "ring", "paged"])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_reading_and_writing_touch_no_guard_band(level, storage, quantized):
+    skip_on_gpu(NO_WRITES)
     shape = {"batch": 3, "capacity": 30, "head_dim": 13, "page_size": 7}
     caches = Caches(storage, **shape, quantized=quantized)
     pick = random.Random(5)
@@ -561,6 +572,7 @@ def test_reading_and_writing_touch_no_guard_band(level, storage, quantized):
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("queries", [1, 33])
 def test_the_number_of_threads_changes_no_bit(level, threads, count, queries):
+    skip_on_gpu(NO_WRITES)
     caches = Caches("paged", batch=3, capacity=400, kv_heads=2, head_dim=64, page_size=16)
     fa.kv_cache_update(*caches.tensors(), *caches.rows_of(350, seed=1), 0, **caches.options())
     query = randn(3, 8, queries, 64, seed=2)
@@ -577,6 +589,7 @@ def test_the_number_of_threads_changes_no_bit(level, threads, count, queries):
 
 
 def test_empty_requests_and_batches(level):
+    skip_on_gpu(NO_WRITES)
     for storage in ("contiguous", "paged"):
         caches = Caches(storage, batch=2)
         q, (k, v) = randn(2, 4, 3, 8, seed=1), caches.rows_of(3, seed=2)

@@ -140,6 +140,14 @@ def dropout(dropout_p: float, query: Tensor) -> dict[str, Any]:
     return {"dropout_p": dropout_p, "philox": philox}
 
 
+def is_deterministic(deterministic: bool | None) -> bool:
+    if deterministic is None:
+        return torch.are_deterministic_algorithms_enabled()
+    if isinstance(deterministic, bool):
+        return deterministic
+    raise TypeError(f"deterministic: expected a bool or None, got {deterministic!r}")
+
+
 class LeadingDims:
     """Leading dimensions that are not the ops' one or two: none, or more than two."""
 

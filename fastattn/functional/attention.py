@@ -95,7 +95,9 @@ def attention(
         layout: "bhsd" as above, or "bshd": (\*batch, length, heads, head_dim), for query, key,
             value and out.
         return_lse: return (out, lse).
-        deterministic: the CPU kernels are, whatever is asked.
+        deterministic: equal calls give gradients of equal bits. None: what
+            torch.use_deterministic_algorithms says. On a GPU it costs time in the backward pass;
+            its forward pass and the CPU are deterministic, whatever is asked.
         batch_invariant: the same row gives the same bits whatever else is in the batch and however
             the queries are split over calls.
 
@@ -167,6 +169,7 @@ def attention(
         and dropout_p == 0.0
         and query_offset == 0
         and key_offset == 0
+        and (deterministic is None or isinstance(deterministic, bool))
         and not _ops.needs_autograd(query, key, value)
     ):
         return _ops.attend_plain(query, key, value, causal, scale, bshd)
@@ -193,6 +196,8 @@ def attention(
         options["bshd"] = True
     if batch_invariant:
         options["batch_invariant"] = batch_invariant
+    if _arguments.is_deterministic(deterministic):
+        options["deterministic"] = True
     out, lse = _ops.attend(query, key, value, options)
     return (out, lse) if return_lse else out
 
@@ -288,6 +293,8 @@ def attention_varlen(
     options |= _arguments.dropout(dropout_p, query)
     if batch_invariant:
         options["batch_invariant"] = batch_invariant
+    if _arguments.is_deterministic(deterministic):
+        options["deterministic"] = True
     out, lse = _ops.attend(query, key, value, options)
     return (out, lse) if return_lse else out
 
