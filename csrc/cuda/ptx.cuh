@@ -48,7 +48,7 @@ FA_DEVICE void* shared_memory() {
   return memory;
 }
 
-// The 32-bit address that instructions take.
+// The 32-bit address that instructions take: a byte offset.
 FA_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
@@ -64,20 +64,20 @@ FA_DEVICE void store_shared(T* pointer, T value) {
   *pointer = value;
 }
 
-// ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane 8m + r names row r (16 bytes) of matrix m; lane
-// 4r + c receives, in x[m], elements 2c and 2c + 1 of that row.
-FA_DEVICE void ldmatrix_x4(uint32_t (&x)[4], const void* row) {
+// ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane 8m + r names row r (16 bytes, at a shared_address)
+// of matrix m; lane 4r + c receives, in x[m], elements 2c and 2c + 1 of that row.
+FA_DEVICE void ldmatrix_x4(uint32_t (&x)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 
 // The same, with each matrix transposed: lane 4r + c receives elements r of rows 2c and 2c + 1.
-FA_DEVICE void ldmatrix_x4_trans(uint32_t (&x)[4], const void* row) {
+FA_DEVICE void ldmatrix_x4_trans(uint32_t (&x)[4], uint32_t row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-               : "r"(shared_address(row))
+               : "r"(row)
                : "memory");
 }
 

@@ -1,0 +1,36 @@
+// What the kernels of the forward pass are told besides the problem: the host's choices.
+#pragma once
+
+#include "fastattn/params.h"
+
+namespace fastattn::cuda {
+
+// How the columns of a matrix lie in global memory.
+struct ColumnLayout {
+  int32_t columns;  // of these; the others of a tile are zero
+  bool is_chunked;  // contiguous, and every row begins at a multiple of 16 bytes
+  int64_t stride;   // between two columns
+};
+
+struct ForwardParams {
+  AttentionParams attention;
+  ColumnLayout query, key, value;
+  bool has_paired_out;  // out takes two columns with one store
+  int32_t pack;         // heads of a KV head whose rows share a tile: all of the group, or 1
+  int32_t splits;       // parts of the keys that run in parallel; > 1: out and lse are partial
+  int32_t tiles;        // of query rows, per head (packed: per KV head)
+  // Where splits > 1, (splits, rows, head_dim_v) and (splits, rows), overwritten; rows in the order
+  // of lse, contiguous. A part that saw nothing writes its lse only.
+  float* partial_out;
+  float* partial_lse;
+  int64_t partial_rows;
+};
+
+// Row (sequence, head, i) of the partial results.
+FA_INLINE int64_t partial_row(const AttentionParams& p, int64_t sequence, int64_t first_q,
+                              int64_t head, int64_t i) {
+  return p.cu_seqlens_q.data != nullptr ? head * p.total_q + first_q + i
+                                        : (sequence * p.heads_q + head) * p.seqlen_q + i;
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,123 @@
+// Online softmax of a warp's rows (Milakov and Gimelshein, 2018), in powers of two: scores are
+// products times `unit`, which holds log2(e).
+#pragma once
+
+#include "mma_tile.cuh"
+
+namespace fastattn::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+FA_DEVICE float infinity() {
+  return __uint_as_float(0x7f800000u);
+}
+
+// Over the four lanes that share a row.
+FA_DEVICE float max_of_row(float x) {
+  x = fmaxf(x, ptx::shuffle_xor(x, 1));
+  return fmaxf(x, ptx::shuffle_xor(x, 2));
+}
+FA_DEVICE float sum_of_row(float x) {
+  x += ptx::shuffle_xor(x, 1);
+  return x + ptx::shuffle_xor(x, 2);
+}
+
+// What a row contributes to the result: out = output_scale * acc_o.
+struct RowResult {
+  float output_scale, lse;
+};
+
+// -inf: none.
+FA_DEVICE float sink_of(const AttentionParams& p, int64_t head) {
+  if (p.sink.data == nullptr) return -infinity();
+  return static_cast<const float*>(p.sink.data)[head * p.sink.stride[2]];
+}
+
+// A sink is one more key with this score and no value. A row that saw nothing gives nothing.
+FA_DEVICE RowResult finalize_row(float row_max, float row_sum, float sink) {
+  if (row_max == -infinity()) return {0.0f, -infinity()};
+  const float sink2 = sink * kLog2e, reference = fmaxf(row_max, sink2);
+  const float own = ptx::exp2(row_max - reference);
+  const float total = fmaf(row_sum, own, ptx::exp2(sink2 - reference));
+  return {own / total, fmaf(reference, kLn2, logf(total))};
+}
+
+// The running state of 16 kM rows. row_max has the unit in it; row_sum is this lane's part.
+template <int kM>
+struct SoftmaxState {
+  float row_max[kM][2], row_sum[kM][2];
+
+  FA_DEVICE void reset() {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        row_max[m][half] = -infinity();
+        row_sum[m][half] = 0.0f;
+      }
+    }
+  }
+
+  // Scores become weights 2^(unit s - max), and acc_o and the sums what they are relative to the
+  // new maximum. Hidden scores are -inf.
+  template <int kN, int kOutTiles>
+  FA_DEVICE void step(Accumulator<kM, kN>& scores, float unit, Accumulator<kM, kOutTiles>& acc_o) {
+    float row_scale[kM][2];
+    bool has_grown = false;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float largest = -infinity();
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          largest = fmaxf(largest, fmaxf(scores.x[m][n][2 * half], scores.x[m][n][2 * half + 1]));
+        }
+        const float before = row_max[m][half];
+        row_max[m][half] = fmaxf(before, max_of_row(largest) * unit);
+        row_scale[m][half] = ptx::exp2(before - reference(m, half));
+        has_grown |= row_max[m][half] != before;
+      }
+    }
+    // After the first tiles maxima seldom grow: most steps have nothing to rescale.
+    if (ptx::any_in_warp(has_grown)) rescale(acc_o, row_scale);
+    weigh(scores, unit);
+  }
+
+ private:
+  // Of a row that has seen nothing yet, all weights are to be 0 and not NaN.
+  FA_DEVICE float reference(int m, int half) const {
+    return row_max[m][half] == -infinity() ? 0.0f : row_max[m][half];
+  }
+
+  template <int kOutTiles>
+  FA_DEVICE void rescale(Accumulator<kM, kOutTiles>& acc_o, const float (&row_scale)[kM][2]) {
+    acc_o.for_each([&](int m, int, int e, float& x) { x *= row_scale[m][e / 2]; });
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) row_sum[m][half] *= row_scale[m][half];
+    }
+  }
+
+  template <int kN>
+  FA_DEVICE void weigh(Accumulator<kM, kN>& scores, float unit) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float origin = -reference(m, half);
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            scores.x[m][n][e] = ptx::exp2(fmaf(scores.x[m][n][e], unit, origin));
+            row_sum[m][half] += scores.x[m][n][e];
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,262 @@
+// Tiles of rows in shared memory, and how they get there from tensors of any strides.
+#pragma once
+
+#include <type_traits>
+
+#include "fastattn/sequence.h"
+#include "forward_params.h"
+#include "ptx.cuh"
+
+namespace fastattn::cuda {
+
+struct alignas(16) Chunk {
+  uint32_t word[4];
+};
+
+// kRows x kColumns elements. A row is cut into panels of 128 bytes (64, where 128 do not fit), all
+// rows of a panel lie together, and the 16-byte chunks of a row are permuted by its number, so that
+// neither a column of chunks nor a row of them meets a bank twice.
+template <typename T, int kRowCount, int kColumnCount>
+struct SharedTile {
+  using Element = T;
+  static constexpr int kRows = kRowCount, kColumns = kColumnCount;
+  static constexpr int kChunkColumns = 16 / sizeof(T);
+  static constexpr int kRowChunks = kColumns / kChunkColumns;
+  static constexpr int kPanelChunks = kRowChunks % 8 == 0 ? 8 : 4;
+  static_assert(kRowChunks % kPanelChunks == 0);
+
+  alignas(128) T data[kRows * kColumns];
+
+  FA_DEVICE const T* chunk(int row, int index) const {
+    const int panel = index / kPanelChunks, within = index % kPanelChunks;
+    const int permuted = within ^ (kPanelChunks == 8 ? row & 7 : row >> 1 & 3);
+    return data + ((panel * kRows + row) * kPanelChunks + permuted) * kChunkColumns;
+  }
+  FA_DEVICE T* chunk(int row, int index) {
+    return const_cast<T*>(static_cast<const SharedTile*>(this)->chunk(row, index));
+  }
+  // The address of the chunk so many rows (a multiple of 8) and chunks (an even number) after one
+  // whose index is 0 or 1: with both known to the compiler, one exclusive or.
+  static FA_DEVICE uint32_t step(uint32_t from, int rows, int chunks) {
+    const int panel = chunks / kPanelChunks, within = chunks % kPanelChunks;
+    return (from ^ static_cast<uint32_t>(16 * within)) +
+           static_cast<uint32_t>((panel * kRows + rows) * kPanelChunks * 16);
+  }
+  FA_DEVICE const T* at(int row, int column) const {
+    return chunk(row, column / kChunkColumns) + column % kChunkColumns;
+  }
+  FA_DEVICE T* at(int row, int column) {
+    return const_cast<T*>(static_cast<const SharedTile*>(this)->at(row, column));
+  }
+};
+
+// Calls body(row, chunk) for this thread's share of a tile's chunks: the same share whenever as
+// many threads take part.
+template <int kThreads, typename Tile, typename Body>
+FA_DEVICE void for_each_chunk(int thread, const Body& body) {
+  constexpr int kCount = Tile::kRows * Tile::kRowChunks;
+  static_assert(kCount % kThreads == 0);
+#pragma unroll 1
+  for (int pass = 0; pass < kCount / kThreads; ++pass) {
+    const int n = pass * kThreads + thread;
+    body(n / Tile::kRowChunks, n % Tile::kRowChunks);
+  }
+}
+
+template <typename T>
+FA_DEVICE uint32_t bits_of(T x) {
+  if constexpr (sizeof(T) == 4) {
+    return __float_as_uint(x);
+  } else {
+    return x.bits;
+  }
+}
+
+// An int8 is exact in every dtype.
+template <typename T>
+FA_DEVICE uint32_t bits_of_int8(int8_t x) {
+  if constexpr (sizeof(T) == 4) {
+    return __float_as_uint(static_cast<float>(x));
+  } else {
+    return ptx::pack(static_cast<float>(x), 0.0f, T{});
+  }
+}
+
+// A chunk of T from elements of C that lie anywhere; those from `columns` on are zero.
+template <typename T, typename C>
+FA_DEVICE Chunk gather_chunk(const C* row, int64_t column_stride, int first, int columns) {
+  constexpr int kColumns = 16 / sizeof(T), kPerWord = 4 / sizeof(T);
+  Chunk chunk = {};
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    if (first + c >= columns) continue;
+    const C x = row[(first + c) * column_stride];
+    uint32_t bits;
+    if constexpr (sizeof(C) == 1) {
+      bits = bits_of_int8<T>(x);
+    } else {
+      bits = bits_of(x);
+    }
+    chunk.word[c / kPerWord] |= bits << (c % kPerWord * 8 * sizeof(T));
+  }
+  return chunk;
+}
+
+// Fills a tile: row r from row_pointer(r), zeros where that is null. Copies asynchronously where it
+// can; the caller commits, and waits.
+template <int kThreads, typename Tile, typename RowPointer>
+FA_DEVICE void load_tile(Tile& tile, int thread, const ColumnLayout& layout,
+                         const RowPointer& row_pointer) {
+  using T = typename Tile::Element;
+  for_each_chunk<kThreads, Tile>(thread, [&](int r, int index) {
+    const auto* row = row_pointer(r);
+    using C = std::remove_cv_t<std::remove_pointer_t<decltype(row)>>;
+    const int first = index * Tile::kChunkColumns;
+    const int there = row == nullptr ? 0 : min_of(layout.columns - first, Tile::kChunkColumns);
+    if constexpr (sizeof(C) == sizeof(T)) {
+      if (layout.is_chunked) {
+        const int bytes = max_of(there, 0) * static_cast<int>(sizeof(T));
+        // Where nothing is read, the address must still be one.
+        ptx::cp_async_16(tile.chunk(r, index), bytes > 0 ? row + first : row_pointer.any(), bytes);
+        return;
+      }
+    }
+    Chunk chunk = {};
+    if (there > 0) chunk = gather_chunk<T>(row, layout.stride, first, layout.columns);
+    ptx::store_shared(reinterpret_cast<Chunk*>(tile.chunk(r, index)), chunk);
+  });
+}
+
+// Whether a word of two 16-bit numbers, or of one float, holds infinity or NaN.
+FA_DEVICE bool is_nonfinite(uint32_t word, float) {
+  return (word & 0x7f800000u) == 0x7f800000u;
+}
+FA_DEVICE bool is_nonfinite(uint32_t word, bf16) {
+  return (word & 0x7f80u) == 0x7f80u || (word & 0x7f800000u) == 0x7f800000u;
+}
+FA_DEVICE bool is_nonfinite(uint32_t word, f16) {
+  return (word & 0x7c00u) == 0x7c00u || (word & 0x7c000000u) == 0x7c000000u;
+}
+
+// Whether this thread's share of a tile, which it has loaded itself, holds infinity or NaN.
+template <int kThreads, typename Tile>
+FA_DEVICE bool share_is_nonfinite(const Tile& tile, int thread) {
+  bool found = false;
+  for_each_chunk<kThreads, Tile>(thread, [&](int r, int index) {
+    const Chunk chunk = ptx::load_shared(reinterpret_cast<const Chunk*>(tile.chunk(r, index)));
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      found |= is_nonfinite(chunk.word[w], typename Tile::Element{});
+    }
+  });
+  return found;
+}
+
+// Keys or values of one KV head, wherever they are kept. C: what they are stored as.
+template <typename C>
+struct KeyRows {
+  const C* base;  // of key 0; in a paged cache or a ring of row 0 of entry 0
+  int64_t row_stride, entry_stride;
+  const CacheView& cache;
+  const Sequence& seq;
+
+  FA_DEVICE KeyRows(const AttentionParams& p, const ConstTensor& tensor, const Sequence& s,
+                    int64_t head_kv)
+      : base(static_cast<const C*>(tensor.data) + s.b1 * tensor.stride[1] +
+             head_kv * tensor.stride[2]),
+        row_stride(tensor.stride[3]),
+        entry_stride(tensor.stride[0]),
+        cache(p.cache),
+        seq(s) {
+    if (!has_row_table(cache)) base += s.b0 * entry_stride + s.first_k * row_stride;
+  }
+
+  // Of key j of the sequence.
+  FA_DEVICE const C* row(int64_t j) const {
+    if (!has_row_table(cache)) return base + j * row_stride;
+    const CacheRun at = cache_run(cache, seq, seq.first_k + j, 1);
+    return base + at.entry * entry_stride + at.row * row_stride;
+  }
+};
+
+// Rows of a tile of keys: those from j0 on that lie in `keys`, which are all that may be looked
+// for.
+template <typename C>
+struct KeyTileRows {
+  const KeyRows<C>& rows;
+  int64_t j0;
+  Range keys;
+
+  FA_DEVICE const C* operator()(int r) const {
+    const int64_t j = j0 + r;
+    return j >= keys.first && j < keys.last ? rows.row(j) : nullptr;
+  }
+  FA_DEVICE const C* any() const {
+    return rows.base;
+  }
+};
+
+// A tile of query rows. With several heads of a group in one tile, row x of the tile space is query
+// x / pack of head first_head + x % pack.
+struct QueryTile {
+  int64_t first_head, first;
+  int pack;
+
+  FA_DEVICE int64_t query(int r) const {
+    return pack == 1 ? first + r : static_cast<uint32_t>(first + r) / static_cast<uint32_t>(pack);
+  }
+  FA_DEVICE int64_t head(int r) const {
+    return pack == 1 ? first_head
+                     : first_head + static_cast<uint32_t>(first + r) % static_cast<uint32_t>(pack);
+  }
+};
+
+// Rows of query, out or dout, from query 0 of a sequence on: those below `count`.
+template <typename T>
+struct QueryTileRows {
+  const T* base;
+  int64_t head_stride, row_stride, count;
+  QueryTile tile;
+
+  FA_DEVICE QueryTileRows(const ConstTensor& tensor, const Sequence& s, const QueryTile& t,
+                          int64_t rows)
+      : base(static_cast<const T*>(tensor.data) + offset_of(tensor.stride, s.b0, s.b1, 0) +
+             s.first_q * tensor.stride[3]),
+        head_stride(tensor.stride[2]),
+        row_stride(tensor.stride[3]),
+        count(rows),
+        tile(t) {}
+
+  FA_DEVICE const T* operator()(int r) const {
+    const int64_t i = tile.query(r);
+    return i < count ? base + tile.head(r) * head_stride + i * row_stride : nullptr;
+  }
+  FA_DEVICE const T* any() const {
+    return base;
+  }
+};
+
+// Two neighbouring columns of a row, as far as there are so many.
+template <typename T>
+FA_DEVICE void store_pair(T* row, int64_t stride, bool is_paired, int column, int64_t columns,
+                          float low, float high) {
+  if (column >= columns) return;
+  if constexpr (sizeof(T) == 4) {
+    if (is_paired) {
+      *reinterpret_cast<float2*>(row + column) = {low, high};
+      return;
+    }
+    row[column * stride] = low;
+    if (column + 1 < columns) row[(column + 1) * stride] = high;
+  } else {
+    const uint32_t word = ptx::pack(low, high, T{});
+    if (is_paired) {
+      *reinterpret_cast<uint32_t*>(row + column) = word;
+      return;
+    }
+    row[column * stride].bits = static_cast<uint16_t>(word);
+    if (column + 1 < columns) row[(column + 1) * stride].bits = static_cast<uint16_t>(word >> 16);
+  }
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,34 @@
+// Which tile each kernel takes: per dtype and head_dim, with the reason beside it. Pure functions
+// of the host, and constants of the kernels.
+#pragma once
+
+#include "fastattn/types.h"
+
+namespace fastattn::cuda {
+
+// Head dimensions have kernels of these sizes; one between two takes the larger.
+constexpr int kHeadDims[] = {64, 96, 128, 256};
+
+// Of the forward pass: warps, 16-row tiles of a warp, keys of a tile. `has_terms`: scores need more
+// than the scale (mask.cuh), which takes registers.
+struct ForwardTile {
+  int warps, row_tiles, keys;
+};
+
+constexpr ForwardTile forward_tile(bool is_float32, int head_dim, bool has_terms) {
+  if (is_float32) {
+    // Products by FMA: 64 rows. Keys so that q, k and v fit 100 KB, what the smallest chips have.
+    if (head_dim <= 64) return {4, 1, 64};
+    if (head_dim <= 128) return {4, 1, 32};
+    return {4, 1, 16};
+  }
+  // 16 rows of out take 128 registers. 96 KB: two blocks share a multiprocessor of an H100.
+  if (head_dim > 128) return {4, 1, 64};
+  // With terms, 32 rows a warp spill.
+  if (has_terms) return {8, 1, 64};
+  // Every fragment of k and v serves 32 rows, which halves the traffic of shared memory. At
+  // head_dim 128 their part of out takes 128 registers; beside it 64 keys spill.
+  return {4, 2, head_dim <= 96 ? 64 : 32};
+}
+
+}  // namespace fastattn::cuda
