@@ -1,4 +1,4 @@
-// The host's side of a launch: status, device guard, launch.
+// The host's side of a launch: what the device is like, device guard, launch, status.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,15 +9,17 @@
 
 namespace fastattn::cuda {
 
-inline Status status_of(cudaError_t error) {
-  switch (error) {
-    case cudaSuccess: return Status::kOk;
-    case cudaErrorMemoryAllocation: return Status::kOutOfMemory;
-    case cudaErrorNoKernelImageForDevice:
-    case cudaErrorInvalidDeviceFunction: return Status::kNotBuilt;
-    default: return Status::kLaunchFailed;
-  }
-}
+// Asked once per device.
+struct DeviceLimits {
+  int arch;  // 80, 90, ...
+  int multiprocessors;
+  int shared_bytes;  // that one block may have
+};
+
+cudaError_t device_limits(int device, DeviceLimits* limits);
+
+// The status that an error stands for; its text becomes last_error().
+Status status_of(cudaError_t error);
 
 // Makes a device current and the previous one again at the end of the scope.
 class DeviceGuard {
@@ -56,6 +58,16 @@ struct LaunchConfig {
 template <typename... Params>
 cudaError_t launch(void (*kernel)(Params...), const LaunchConfig& config,
                    const std::type_identity_t<Params>&... params) {
+  // More dynamic shared memory than this needs leave.
+  constexpr size_t kCommonSharedBytes = 48 << 10;
+  if (config.shared_bytes > kCommonSharedBytes) {
+    const cudaError_t error = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(config.shared_bytes));
+    if (error != cudaSuccess) {
+      cudaGetLastError();
+      return error;
+    }
+  }
   cudaLaunchConfig_t native = {};
   native.gridDim = config.grid;
   native.blockDim = config.block;

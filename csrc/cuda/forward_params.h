@@ -1,7 +1,7 @@
 // What the kernels of the forward pass are told besides the problem: the host's choices.
 #pragma once
 
-#include "fastattn/params.h"
+#include "fastattn/sequence.h"
 
 namespace fastattn::cuda {
 
@@ -31,6 +31,13 @@ FA_INLINE int64_t partial_row(const AttentionParams& p, int64_t sequence, int64_
                               int64_t head, int64_t i) {
   return p.cu_seqlens_q.data != nullptr ? head * p.total_q + first_q + i
                                         : (sequence * p.heads_q + head) * p.seqlen_q + i;
+}
+
+// Whether scores, or weights, need more than the products, the scale and positions. (A scale <= 0
+// would turn the order round.)
+FA_INLINE bool has_terms(const AttentionParams& p) {
+  return p.softcap != 0 || p.bias.data != nullptr || p.alibi_slopes.data != nullptr ||
+         p.mask.data != nullptr || p.dropout_p != 0 || !(p.scale > 1e-30);
 }
 
 }  // namespace fastattn::cuda

@@ -1,8 +1,10 @@
-// What inst/*.cu hold for dispatch.cpp: one launcher per kernel, and its parameters.
+// What inst/*.cu hold: one launcher per kernel, with its parameters.
 #pragma once
 
 #include <cuda_runtime.h>
 #include <stdint.h>
+
+#include "forward_params.h"
 
 namespace fastattn::cuda {
 
@@ -12,5 +14,9 @@ struct ProbeParams {
 };
 
 cudaError_t launch_probe(const ProbeParams& params, cudaStream_t stream);
+
+// The tile kernel; `params` without `tiles`. T: float, bf16, f16; kHeadDim: one of kHeadDims.
+template <typename T, int kHeadDim>
+cudaError_t launch_flash_fwd_sm80(ForwardParams params, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

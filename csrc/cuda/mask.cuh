@@ -98,10 +98,4 @@ struct ScoreTerms {
   }
 };
 
-// The unit of softmax, and whether ScoreTerms are needed for it to be the scale.
-FA_INLINE bool scores_are_plain(const AttentionParams& p) {
-  return p.softcap == 0 && p.bias.data == nullptr && p.alibi_slopes.data == nullptr &&
-         p.mask.data == nullptr && p.scale > 1e-30;
-}
-
 }  // namespace fastattn::cuda

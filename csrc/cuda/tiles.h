@@ -13,6 +13,10 @@ constexpr int kHeadDims[] = {64, 96, 128, 256};
 // than the scale (mask.cuh), which takes registers.
 struct ForwardTile {
   int warps, row_tiles, keys;
+
+  constexpr int queries() const {
+    return 16 * warps * row_tiles;
+  }
 };
 
 constexpr ForwardTile forward_tile(bool is_float32, int head_dim, bool has_terms) {

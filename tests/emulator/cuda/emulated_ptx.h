@@ -50,14 +50,16 @@ inline void store_shared(T* pointer, T value, Where where = Where::current()) {
   memcpy(pointer, &value, sizeof(T));
 }
 
-inline void ldmatrix_x4(uint32_t (&x)[4], const void* row, Where where = Where::current()) {
+inline void ldmatrix_x4(uint32_t (&x)[4], uint32_t address, Where where = Where::current()) {
+  const void* row = static_cast<unsigned char*>(emulator::shared.data()) + address;
   static constexpr Operation kOperation = {"ldmatrix_x4", false, emulator::load_matrices};
   emulator::shared.read_by_warp(row, 16, where);
   emulator::LdmatrixOperands operands = {x, row};
   emulator::block.join_warp(kOperation, &operands, where);
 }
 
-inline void ldmatrix_x4_trans(uint32_t (&x)[4], const void* row, Where where = Where::current()) {
+inline void ldmatrix_x4_trans(uint32_t (&x)[4], uint32_t address, Where where = Where::current()) {
+  const void* row = static_cast<unsigned char*>(emulator::shared.data()) + address;
   static constexpr Operation kOperation = {"ldmatrix_x4_trans", false,
                                            emulator::load_transposed_matrices};
   emulator::shared.read_by_warp(row, 16, where);

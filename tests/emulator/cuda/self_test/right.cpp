@@ -2,7 +2,8 @@
 #include <math.h>
 #include <string.h>
 
-#include <memory>
+#include <algorithm>
+#include <thread>
 #include <vector>
 
 #include "kernels.h"
@@ -134,8 +135,8 @@ void product(const T* a, const T* b, float* d) {
     ptx::store_shared(shared_b + i, i % 16 < 8 ? b[i / 16 * 8 + i % 16] : T{});
   ptx::sync_warp();
   uint32_t left[4], right[4];
-  ptx::ldmatrix_x4(left, shared_a + lane % 16 * 16 + lane / 16 * 8);
-  ptx::ldmatrix_x4_trans(right, shared_b + lane % 16 * 16 + lane / 16 * 8);
+  ptx::ldmatrix_x4(left, ptx::shared_address(shared_a + lane % 16 * 16 + lane / 16 * 8));
+  ptx::ldmatrix_x4_trans(right, ptx::shared_address(shared_b + lane % 16 * 16 + lane / 16 * 8));
   float sum[4];
   const int g = lane / 4, t = lane % 4;
   float* const places[4] = {d + g * 8 + 2 * t, d + g * 8 + 2 * t + 1, d + (g + 8) * 8 + 2 * t,
@@ -174,8 +175,8 @@ void read_matrices(uint16_t* out) {
   }
   ptx::sync_warp();
   uint32_t plain[4], transposed[4];
-  ptx::ldmatrix_x4(plain, rows + lane * 8);
-  ptx::ldmatrix_x4_trans(transposed, rows + lane * 8);
+  ptx::ldmatrix_x4(plain, ptx::shared_address(rows + lane * 8));
+  ptx::ldmatrix_x4_trans(transposed, ptx::shared_address(rows + lane * 8));
   memcpy(out + lane * 16, plain, 16);
   memcpy(out + lane * 16 + 8, transposed, 16);
 }
@@ -217,6 +218,18 @@ bool numbers_are_right() {
          ptx::pack(1, 2, bf16{}) == 0x40003f80 && ptx::pack(1, 2, f16{}) == 0x40003c00;
 }
 
+// Threads of the host that launch at the same time take turns.
+bool host_threads_are_right() {
+  constexpr int kHostThreads = 4;
+  std::vector<std::thread> threads;
+  bool is_right[kHostThreads];
+  for (bool& result : is_right) {
+    threads.emplace_back([&result] { result = exchange_is_right() && pipeline_is_right(); });
+  }
+  for (std::thread& thread : threads) thread.join();
+  return std::all_of(is_right, is_right + kHostThreads, [](bool right) { return right; });
+}
+
 bool with_all_seeds(bool (*is_right)()) {
   bool all = true;
   for (int seed = 0; seed < kSeeds; ++seed) {
@@ -235,6 +248,7 @@ void run_right_kernels() {
   report("matrices", with_all_seeds(matrices_are_right));
   report("product of bf16", with_all_seeds(product_is_right<bf16>));
   report("product of f16", with_all_seeds(product_is_right<f16>));
+  report("host threads", with_all_seeds(host_threads_are_right));
   report("numbers", numbers_are_right());
 }
 

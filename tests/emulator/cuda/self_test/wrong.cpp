@@ -1,5 +1,6 @@
 // One kernel per defect that the emulator is to catch.
 #include <math.h>
+#include <string.h>
 
 #include "kernels.h"
 
@@ -51,7 +52,7 @@ void ldmatrix_of_what_another_lane_wrote(uint32_t* out) {
   auto* rows = static_cast<uint4*>(ptx::shared_memory());
   ptx::store_shared(rows + thread(), uint4{});
   uint32_t x[4];
-  ptx::ldmatrix_x4(x, rows + thread());
+  ptx::ldmatrix_x4(x, ptx::shared_address(rows + thread()));
   out[thread()] = x[0];
 }
 
@@ -60,7 +61,7 @@ void write_after_ldmatrix() {
   ptx::store_shared(rows + thread(), uint4{});
   ptx::sync_warp();
   uint32_t x[4];
-  ptx::ldmatrix_x4(x, rows + thread());
+  ptx::ldmatrix_x4(x, ptx::shared_address(rows + thread()));
   ptx::store_shared(rows + thread(), uint4{});
 }
 
@@ -145,7 +146,7 @@ void misaligned() {
   ptx::load_shared(reinterpret_cast<const float4*>(floats() + thread()));
 }
 
-void write_past_the_functions() {
+void write_beside() {
   floats()[1024] = 0.0f;
 }
 
@@ -168,12 +169,9 @@ void two_barriers() {
   }
 }
 
-void barrier_against_shuffle() {
-  if (thread() == 5) {
-    ptx::sync_block();
-  } else {
-    ptx::sync_warp();
-  }
+void barrier_against_warp() {
+  if (thread() != 5) ptx::sync_warp();
+  ptx::sync_block();
 }
 
 void two_operations() {
@@ -205,8 +203,8 @@ void overflow(float* out) {
   out[0] = recurse(1 << 20);
 }
 
-void write_to_null() {
-  if (thread() == 3) *reinterpret_cast<volatile float*>(8) = 0.0f;
+void write_to(float* pointer) {
+  if (thread() == 3) pointer[2] = 0.0f;
 }
 
 }  // namespace
@@ -234,25 +232,31 @@ void run_wrong_kernels() {
   report("beyond the end", run(beyond_the_end));
   report("before the start", run(before_the_start));
   report("misaligned", run(misaligned));
-  report("guard band", run(write_past_the_functions));
+  report("guard band", run(write_beside));
   report("barrier of some", run(barrier_of_some));
   report("barrier of the living", run(barrier_of_the_living));
   report("two barriers", run(two_barriers));
-  report("barrier against sync_warp", run(barrier_against_shuffle));
+  report("barrier against sync_warp", run(barrier_against_warp));
   report("two operations", run(two_operations));
   report("lane that ended", run(lane_that_ended));
   report("too much shared memory",
          cuda::launch(write_after_write, {1, kThreads, 49 << 10, nullptr}));
   report("half a warp", cuda::launch(write_after_write, {1, 48, 4096, nullptr}));
+  report("more than there is",
+         cudaFuncSetAttribute(write_after_write, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              164 << 10));
   report("empty grid", cuda::launch(write_after_write, {0, kThreads, 4096, nullptr}));
   const cudaError_t error = run(uninitialised, out);
   report("uninitialised memory is NaN", error == cudaSuccess && isnan(out[5]));
 }
 
 void run_fault(const char* which) {
-  static float out[1];
-  if (which[0] == 'o') run(overflow, out);
-  run(write_to_null);
+  if (strcmp(which, "overflow") == 0) {
+    static float out[1];
+    run(overflow, out);
+  } else {
+    run(write_to, nullptr);
+  }
 }
 
 }  // namespace fastattn::self_test
