@@ -380,8 +380,7 @@ class BuildExtension(build_ext):
             (CUDA_EMULATOR, "*.cpp"),
         ):
             for source in sorted(Path(folder).glob(pattern)):
-                if source.stem != "self_test":  # which is a program of its own
-                    file.compile([*self.cxx, "-x", "c++"], source, flags)
+                file.compile([*self.cxx, "-x", "c++"], source, flags)
 
     def add_link(self, file: NinjaFile, out: Path) -> None:
         flags = list(LINK_FLAGS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from fastattn.functional import _arguments
 from fastattn.functional.attention import attention
 
 __all__ = ["Explanation", "Info", "explain", "info"]
+
+_EMULATED = "sm80"  # the level of the CUDA kernels in a build for tests
 
 # What changes how fastattn runs.
 _ENVIRONMENT = ("FASTATTN_CPU_ISA", "OMP_NUM_THREADS", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")
@@ -101,10 +103,16 @@ def info() -> Info:
         cpu_level=level,
         cpu_level_reason=reason,
         threads=torch.get_num_threads(),
-        cuda=f"built for {', '.join(_C.cuda_archs)}" if _C.built_with_cuda else _NO_CUDA,
+        cuda=_cuda(),
         cuda_archs=_C.cuda_archs,
         environment={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ},
     )
+
+
+def _cuda() -> str:
+    if _C.emulates_cuda:
+        return f"emulated, for tests, at level {_EMULATED}"
+    return f"built for {', '.join(_C.cuda_archs)}" if _C.built_with_cuda else _NO_CUDA
 
 
 _NO_CUDA = "not built (FASTATTN_CUDA=1 at build time, with nvcc, builds it)"
@@ -121,53 +129,111 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explan
     >>> print(fastattn.explain(q.double(), q.double(), q.double()).kernel)
     cpu/scalar/tile
     """
-    with torch.random.fork_rng(devices=()), _Recorder() as recorder:  # type: ignore[no-untyped-call]
+    devices = [query.device] if query.is_cuda else []
+    with torch.random.fork_rng(devices), _Recorder() as recorder:  # type: ignore[no-untyped-call]
         attention(query, key, value, **options)
+    on_cuda = query.is_cuda or _C.active_cpu_level() == _EMULATED
+    explanation = (_on_cuda if on_cuda else _on_cpu)(query, recorder, options)
+    if recorder.dtype != query.dtype:
+        cast = f"autocast: {query.dtype} inputs are cast to {recorder.dtype}"
+        explanation = replace(explanation, reasons=(*explanation.reasons, cast))
+    return explanation
+
+
+def _on_cpu(query: Tensor, recorder: _Recorder, options: Mapping[str, Any]) -> Explanation:
     schedule, dtype = recorder.schedule, recorder.dtype
-    reasons: list[str] = []
     rejected: dict[str, str] = {}
     level, why = _level_in_use()
     if dtype == torch.float64 and level != "scalar":
         rejected[level] = "float64 has scalar kernels only (they serve gradient checks)"
         level, why = "scalar", "the level of float64"
-    reasons.append(f"level {level}: {why}")
+    reasons = [f"level {level}: {why}"]
     names = [name for name, _ in _C.cpu_levels()]
     for name, obstacle in _C.cpu_levels():
         if obstacle is not None:
             rejected[name] = obstacle
+        elif name == _EMULATED:
+            rejected[name] = "an emulation, for tests: it is chosen by its name"
         elif name != level and name not in rejected:
             above = names.index(name) > names.index(level)
             rejected[name] = why if above else f"slower than {level}"
-    if schedule == "none":
-        reasons.append("no kernel: a dimension is 0, so the results are 0 and -inf")
-    else:
-        taken = schedule.split(" and ")
-        for name in taken:
-            reason, other, not_other = _SCHEDULES[name]
-            if name == "tile" and options.get("batch_invariant"):
-                not_other = "batch_invariant keeps one schedule for every shape"
-            reasons.append(f"schedule {name}: {reason}")
-            if other not in taken:
-                rejected[other] = not_other
-    if dtype != query.dtype:
-        reasons.append(f"autocast: {query.dtype} inputs are cast to {dtype}")
+    _add_schedules(schedule, _SCHEDULES, options, reasons, rejected)
     rejected["cuda"] = "the tensors are on the CPU" if _C.built_with_cuda else _NO_CUDA
     kernel = "no kernel" if schedule == "none" else f"cpu/{level}/{schedule}"
     return Explanation(kernel, tuple(reasons), rejected)
 
 
-# Each schedule: when it runs, the other one, and why that does not run. Each sequence of a batch
-# takes the one that suits its query length.
-_SCHEDULES = {
+def _on_cuda(query: Tensor, recorder: _Recorder, options: Mapping[str, Any]) -> Explanation:
+    schedule = recorder.schedule
+    if query.is_cuda:
+        device = torch.cuda.get_device_name(query.device)
+        reasons = [f"device {query.device}: {device}; built for {', '.join(_C.cuda_archs)}"]
+        rejected = {"cpu": f"the tensors are on {query.device}"}
+    else:
+        reasons, rejected = [f"level {_EMULATED}: {_level_in_use()[1]}"], {"cpu": "emulated"}
+    rejected["sm90"] = "no kernels for sm_90 in this version: the sm_80 kernels run there"
+    _add_schedules(schedule, _CUDA_SCHEDULES, options, reasons, rejected)
+    backend = "cuda" if query.is_cuda else "emulated"
+    kernel = "no kernel" if schedule == "none" else f"{backend}/sm80/{schedule}"
+    return Explanation(kernel, tuple(reasons), rejected)
+
+
+# Each schedule: when it runs, and why each other one does not.
+_Schedules = Mapping[str, tuple[str, Mapping[str, str]]]
+
+
+def _add_schedules(
+    schedule: str,
+    schedules: _Schedules,
+    options: Mapping[str, Any],
+    reasons: list[str],
+    rejected: dict[str, str],
+) -> None:
+    if schedule == "none":
+        reasons.append("no kernel: a dimension is 0, so the results are 0 and -inf")
+        return
+    taken = schedule.split(" and ")
+    for name in taken:
+        reason, others = schedules[name]
+        reasons.append(f"schedule {name}: {reason}")
+        for other, why in others.items():
+            if name == "tile" and options.get("batch_invariant"):
+                why = "batch_invariant keeps one schedule for every shape"
+            if other not in taken:
+                rejected[other] = why
+
+
+_DECODE = "few query rows: one pass over keys and values for all query heads of a KV head"
+_NOT_DECODE = "more query rows than it reads the cache for"
+
+# Each sequence of a batch takes the one that suits its query length.
+_SCHEDULES: _Schedules = {
     "tile": (
         "keys and values are packed once and shared by tiles of query rows",
-        "decode",
-        "more query rows than it reads the cache for",
+        {"decode": _NOT_DECODE},
     ),
     "decode": (
-        "few query rows: one pass over keys and values for all query heads of a KV head",
-        "tile",
-        "so few query rows do not pay for the packing of keys and values",
+        _DECODE,
+        {"tile": "so few query rows do not pay for the packing of keys and values"},
+    ),
+}
+
+# A whole batch takes one of them.
+_CUDA_SCHEDULES: _Schedules = {
+    "tile": (
+        "a thread block for every tile of query rows goes over all keys that it sees",
+        {"split tile": "the tiles of query rows occupy the GPU", "decode": _NOT_DECODE},
+    ),
+    "split tile": (
+        "thread blocks share the keys of a tile of query rows, and their results are merged",
+        {"tile": "too few tiles of query rows to occupy the GPU", "decode": _NOT_DECODE},
+    ),
+    "decode": (
+        _DECODE,
+        {
+            "tile": "so few query rows leave most of a tile empty",
+            "split tile": "so few query rows leave most of a tile empty",
+        },
     ),
 }
 
@@ -200,12 +266,14 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _level_in_use() -> tuple[str, str]:
     level = _C.active_cpu_level()
-    highest = [name for name, obstacle in _C.cpu_levels() if obstacle is None][-1]
+    runnable = [name for name, obstacle in _C.cpu_levels() if obstacle is None]
+    highest = [name for name in runnable if name != _EMULATED][-1]
     if level == highest:
         return level, "the highest that runs here"
+    by = "a call to set_cpu_level"
     if os.environ.get("FASTATTN_CPU_ISA") == level:
-        return level, f"FASTATTN_CPU_ISA={level} holds it below {highest}"
-    return level, f"a call to set_cpu_level holds it below {highest}"
+        by = f"FASTATTN_CPU_ISA={level}"
+    return level, f"{by} chooses it" if level == _EMULATED else f"{by} holds it below {highest}"
 
 
 def _cpu_name() -> str:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastattn import _C
+
 
 def checked(
     op: Callable[..., Any],
@@ -42,7 +44,7 @@ def user_error(error: RuntimeError, arguments: dict[str, Any]) -> Exception:
         message = text.removeprefix("fastattn: ")
         return (TypeError if ": expected dtype " in message else ValueError)(message)
     if isinstance(error, NotImplementedError):
-        return _missing_kernel(arguments) or error
+        return _missing_kernel(text, arguments) or error
     if wrong_type := _WRONG_TYPE.search(text):
         expected, name, got = wrong_type.groups()
         if expected == got:  # torch words an overflow so
@@ -57,8 +59,12 @@ _WRONG_TYPE = re.compile(
 )
 
 
-def _missing_kernel(arguments: dict[str, Any]) -> Exception | None:
-    """Why no kernel is registered for these tensors."""
+# How torch names the op that has no kernel for a device.
+_OP = re.compile(r"'fastattn::(\w+)'")
+
+
+def _missing_kernel(text: str, arguments: dict[str, Any]) -> Exception | None:
+    """Why no kernel is registered for these tensors; ``text`` is what torch says."""
     given = {name: x for name, x in arguments.items() if isinstance(x, Tensor)}
     first, like = next(iter(given.items()))
     device = like.device
@@ -75,9 +81,12 @@ def _missing_kernel(arguments: dict[str, Any]) -> Exception | None:
             return TypeError(f"{name}: expected a dense tensor, got layout {x.layout}")
         if x.is_quantized:
             return TypeError(f"{name}: expected dtype float32 or narrower, got {x.dtype}")
-    if device.type != "cpu":
-        return ValueError(
-            f"{first}: expected a tensor on cpu, the only device this build has kernels for, "
-            f"got {device}"
-        )
-    return None
+    if device.type == "cpu":
+        return None
+    op = _OP.search(text)
+    why = "the only device this build has kernels for"
+    if device.type == "cuda" and not _C.built_with_cuda:
+        why += " (FASTATTN_CUDA=1 at build time, with nvcc, adds those for CUDA)"
+    elif device.type == "cuda" and op:
+        why = f"as {op[1]} has no CUDA kernel in this version"
+    return ValueError(f"{first}: expected a tensor on cpu, {why}, got one on {device}")
