@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastattn import functional, reference
+from fastattn import _C, functional, reference
+from fastattn.testing import running_on
 
-__all__ = ["support"]
+__all__ = ["cuda_level", "declared_on_cuda", "rows", "support", "try_on"]
 
 _HEADS, _KV_HEADS, _QUERIES, _KEYS = 4, 2, 5, 7
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -29,25 +30,40 @@ def support() -> str:
         "",
         "Printed by `python -m fastattn support`, which runs every row, forward and backward, and",
         "compares it with `fastattn.reference`. Features compose: alone or together, yes is yes.",
+        "Where there is no GPU, its column says what the tests find on an emulated one.",
         "",
-        "| feature | CPU forward | CPU backward | CUDA |",
-        "|---|---|---|---|",
+        "| feature | CPU forward | CPU backward | CUDA forward | CUDA backward |",
+        "|---|---|---|---|---|",
     ]
-    for name, inputs, options in _rows():
-        forward, backward = _try(inputs, options)
-        lines.append(f"| {name} | {_word(forward)} | {_word(backward)} | no |")
+    cuda = cuda_level()
+    for row in rows():
+        on_cpu = try_on(_cpu_level(), row)
+        on_cuda = try_on(cuda, row) if cuda else declared_on_cuda(row)
+        words = (_word(works) for works in (*on_cpu, *on_cuda))
+        lines.append(f"| {row[0]} | {' | '.join(words)} |")
     lines += [
         "",
         "| function | CPU | gradient | CUDA |",
         "|---|---|---|---|",
-        *(f"| `{name}` | yes | {gradient} | no |" for name, gradient in _FUNCTIONS.items()),
+        *(
+            f"| `{name}` | yes | {gradient} | {_FUNCTIONS_ON_CUDA.get(name, 'no')} |"
+            for name, gradient in _FUNCTIONS.items()
+        ),
         "",
         "Derivatives that are not there, second or in forward mode, raise. Every CPU level has",
-        "all of this (float64 runs on `scalar`); there are no CUDA kernels in this version.",
+        "all of this (float64 runs on `scalar`). On CUDA, what is not there raises too.",
     ]
     return "\n".join(lines) + "\n"
 
 
+_NOT_ON_CUDA = ("float64", "head_dim 512")
+_FUNCTIONS_ON_CUDA = {
+    "attention": "yes",
+    "attention_varlen": "yes",
+    "scaled_dot_product_attention": "yes",
+    "merge_attention": "yes",
+    "attention_with_cache": "without key, value and rope",
+}
 _FUNCTIONS = {
     "attention": "yes",
     "attention_varlen": "yes",
@@ -120,7 +136,8 @@ def _inputs(dtype: torch.dtype = torch.float32, head_dim: int = 16, value_dim: i
     }
 
 
-def _rows() -> Iterator[Row]:
+def rows() -> Iterator[Row]:
+    """The name of each feature, and what attention is called with."""
     for dtype in _DTYPES:
         yield str(dtype).removeprefix("torch."), _inputs(dtype), {}
     for head_dim in _HEAD_DIMS:
@@ -163,8 +180,34 @@ def _rows() -> Iterator[Row]:
     yield "packed sequences", {name: x[0].transpose(0, 1) for name, x in plain.items()}, bounds
 
 
+def cuda_level() -> str | None:
+    """Where the CUDA kernels can be tried here: on a GPU, or in a build that emulates one."""
+    if _C.emulates_cuda:
+        return "sm80"
+    return "cuda" if _C.built_with_cuda and torch.cuda.is_available() else None
+
+
+def declared_on_cuda(row: Row) -> tuple[bool, bool]:
+    """Whether forward and backward are there, where that cannot be tried."""
+    works = row[0] not in _NOT_ON_CUDA
+    return works, works
+
+
+def _cpu_level() -> str:
+    level = _C.active_cpu_level()
+    return "scalar" if level == "sm80" else level
+
+
+def try_on(level: str, row: Row) -> tuple[bool, bool]:
+    """Whether forward and backward at a level give what the reference gives."""
+    _, inputs, options = row
+    with running_on(level):
+        device = torch.get_default_device()
+        moved = {n: x.to(device) if isinstance(x, Tensor) else x for n, x in options.items()}
+        return _try({n: x.to(device) for n, x in inputs.items()}, moved)
+
+
 def _try(inputs: Inputs, options: dict[str, Any]) -> tuple[bool, bool]:
-    """Whether forward and backward give what the reference gives."""
     packed = "cu_seqlens_q" in options
     given = functional.attention_varlen if packed else functional.attention
     meant: Callable[..., Any] = reference.attention_varlen if packed else reference.attention
