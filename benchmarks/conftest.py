@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import ceilings
+import cuda_ceilings
 import machine
 import plots
 import report
 import timing
 from cases import PEERS
-from cases.base import GRIDS, Case
+from cases.base import DEVICES, GRIDS, Case, Unavailable
+from cuda_timing import CudaBench
 from memory import MemoryMeter
 
 BUILD = machine.ROOT / "build" / "bench"
+SECONDS = {"cpu": 330.0, "cuda": 150.0}  # of the default grid
+CAP = {"cpu": 1.5, "cuda": 0.15}  # seconds of samples per peer and row, at most
 
 
 def pytest_addoption(parser):
@@ -29,11 +34,12 @@ def pytest_addoption(parser):
         "--grid", choices=GRIDS, default="default", help="which rows (default: %(default)s)"
     )
     group.addoption(
-        "--save", action="store_true", help="keep the results under benchmarks/results/"
+        "--device", choices=DEVICES, help="default: cuda where its kernels run, otherwise cpu"
     )
     group.addoption(
-        "--seconds", type=float, default=330.0, help="of the default grid (default: %(default)s)"
+        "--save", action="store_true", help="keep the results under benchmarks/results/"
     )
+    group.addoption("--seconds", type=float, help="of the default grid (default: by device)")
     group.addoption("--threads", type=int, help="threads of every peer (default: torch's choice)")
     group.addoption("--peers", default=",".join(PEERS), help="default: %(default)s")
     group.addoption(
@@ -71,24 +77,27 @@ class Run:
         if self.quick and option.save:
             raise pytest.UsageError("--save: the quick grid checks results, its times mean nothing")
         full = self.grid == "full"
-        self.bench = timing.Bench(
-            timing.Settings(
-                peers=[name for name in PEERS if name in wanted or name == report.OURS],
-                compile=option.compile or ("none" if self.quick else "all" if full else "some"),
-                cap=1.5,
-                patience=60.0 if full else 0.5 if self.quick else 4.0,
-                rounds=1 if self.quick else None,
-                cold=option.cold,
-                cache_bytes=machine.cache_bytes(),
-            )
+        self.device = self._device(option.device)
+        settings = timing.Settings(
+            peers=[name for name in PEERS if name in wanted or name == report.OURS],
+            compile=option.compile or ("none" if self.quick else "all" if full else "some"),
+            cap=CAP[self.device],
+            patience=60.0 if full else 0.5 if self.quick else 4.0,
+            rounds=1 if self.quick else None,
+            cold=option.cold,
+            cache_bytes=machine.cache_bytes(),
+            memory=not option.no_memory,
         )
-        self.deadline = time.monotonic() + (
-            option.seconds if self.grid == "default" else float("inf")
-        )
+        self.bench = (CudaBench if self.device == "cuda" else timing.Bench)(settings)
+        seconds = option.seconds or SECONDS[self.device]
+        self.deadline = time.monotonic() + (seconds if self.grid == "default" else float("inf"))
         self.rows: list[timing.Row] = []
         self.failures: list[str] = []
+        self.left_out: dict[str, str] = {}
         self.left = 0
-        self.meter = None if option.no_memory else MemoryMeter(torch.get_num_threads())
+        self.meter = None
+        if settings.memory and self.device == "cpu":
+            self.meter = MemoryMeter(torch.get_num_threads())
         self.console = self._console()
         self.progress = Progress(
             TextColumn("{task.description}"),
@@ -98,7 +107,14 @@ class Run:
             console=self.console,
             transient=True,
         )
-        self.ceilings: ceilings.Ceilings | None = None
+        self.ceilings: ceilings.Ceilings | cuda_ceilings.CudaCeilings | None = None
+
+    @staticmethod
+    def _device(wanted: str | None) -> str:
+        obstacle = machine.cuda_obstacle()
+        if wanted == "cuda" and obstacle:
+            raise pytest.UsageError(f"--device=cuda: {obstacle}")
+        return wanted or ("cpu" if obstacle else "cuda")
 
     def _console(self) -> Console:
         """The real terminal: pytest captures what peers print, and the bar must not be among it."""
@@ -111,10 +127,13 @@ class Run:
 
     @pytest.hookimpl(trylast=True)  # after -k
     def pytest_collection_modifyitems(self, items):
-        chosen = [item for item in items if self.grid in item.callspec.params["case"].grids]
+        chosen = [item for item in items if self._wanted(item.callspec.params["case"])]
         self.config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
         self.left = len(items)
+
+    def _wanted(self, case: Case) -> bool:
+        return case.device == self.device and self.grid in case.grids
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session):
@@ -122,7 +141,11 @@ class Run:
             return (yield)
         self.task = self.progress.add_task("ceilings", total=len(session.items))
         with self.progress:
-            self.ceilings = ceilings.measure(0.02 if self.quick else 1.0, machine.cache_bytes())
+            seconds = 0.02 if self.quick else 1.0
+            if self.device == "cuda":
+                self.ceilings = cuda_ceilings.measure(seconds)
+            else:
+                self.ceilings = ceilings.measure(seconds, machine.cache_bytes())
             return (yield)
 
     def measure(self, case: Case, benchmark) -> None:
@@ -136,6 +159,9 @@ class Run:
         try:
             row = self.bench.run(case, benchmark, cap=max(0.05, min(most, share)))
             self._add_memory(row)
+        except Unavailable as why:
+            self.left_out[case.id] = str(why)
+            pytest.skip(str(why))
         except Exception:
             self.failures.append(case.id)
             raise
@@ -183,14 +209,24 @@ class Run:
         if self.ceilings is None:
             return
         finished = report.Report(
-            machine.provenance(), self.ceilings, self.grid, self.rows, self.failures
+            machine.provenance(self.device),
+            self.ceilings,
+            self.grid,
+            self.rows,
+            self.failures,
+            self.left_out,
         )
         if not self.rows:
             self.console.print(finished.last_line())
             return
         folder: Path = BUILD
         if self.config.option.save:
-            folder = machine.results_folder(finished.provenance["level"])
+            folder = self._results_folder(finished.provenance)
         report.save(finished, folder)
         page = plots.save(finished, folder)
         report.terminal(finished, self.console, page)
+
+    def _results_folder(self, provenance: dict[str, Any]) -> Path:
+        if self.device == "cuda":
+            return machine.gpu_results_folder(provenance["device"])
+        return machine.results_folder(provenance["level"])

@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import hashlib
 import importlib.metadata
 import platform
 import re
 import subprocess
 from pathlib import Path
 
-import fastattn
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "numpy", "onnxruntime", "openvino")
 
 
-def provenance() -> dict[str, str | int]:
-    """Commit, CPU, level, threads, versions and date."""
+def provenance(device: str = "cpu") -> dict[str, str | int]:
+    """Commit, CPU, level, threads, versions and date; on "cuda" the GPU, too."""
+    import fastattn
+
     versions = {"fastattn": fastattn.__version__} | {name: _version(name) for name in PACKAGES}
-    return {
+    found = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
         "cpu": cpu_name(),
@@ -31,6 +33,58 @@ def provenance() -> dict[str, str | int]:
         "python": platform.python_version(),
         **{name: version for name, version in versions.items() if version},
     }
+    return found if device == "cpu" else found | gpu()
+
+
+def cuda_obstacle() -> str | None:
+    """Why no row runs on a GPU here, or None if they do."""
+    import fastattn
+
+    if not fastattn._C.built_with_cuda:
+        return "fastattn is built without CUDA"
+    return None if torch.cuda.is_available() else "torch sees no GPU"
+
+
+def gpu() -> dict[str, str | int]:
+    """The current GPU, the software between it and a kernel, and a hash of the kernels."""
+    major, minor = torch.cuda.get_device_capability()
+    asked = ("driver_version", "clocks.max.sm", "power.limit")
+    known = {
+        "device": torch.cuda.get_device_name(),
+        "level": f"sm{major}{minor}",
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "kernels": kernel_hash(),
+        **nvidia_smi(*asked),
+    }
+    return {name: value for name, value in known.items() if value is not None}
+
+
+def nvidia_smi(*names: str) -> dict[str, str]:
+    """Properties of the first GPU by the name of the query; none where the program is not there."""
+    command = ["nvidia-smi", "-i", "0", "--format=csv,noheader", f"--query-gpu={','.join(names)}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(names, (value.strip() for value in done.stdout.split(","))))
+
+
+def gpu_clock() -> int | None:
+    """MHz of the multiprocessors now; None where the package that asks is not installed."""
+    try:
+        return torch.cuda.clock_rate()
+    except Exception:  # of several libraries, and the figure is worth no failure
+        return None
+
+
+def kernel_hash() -> str:
+    """Of all files under csrc/cuda, by name and content."""
+    folder, digest = ROOT / "csrc" / "cuda", hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        digest.update(f"{path.relative_to(folder)}\0".encode())
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def cpu_name() -> str:
@@ -71,6 +125,8 @@ def return_freed_memory() -> None:
 
 def level() -> str:
     """The CPU level whose kernels run, FASTATTN_CPU_ISA considered."""
+    import fastattn
+
     return fastattn._C.active_cpu_level()
 
 
@@ -94,8 +150,16 @@ def commit() -> str:
 
 def results_folder(level_name: str) -> Path:
     """benchmarks/results/<cpu>/<level>: one folder per machine and level, its history is git's."""
-    cpu = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower()).strip("-")
-    return ROOT / "benchmarks" / "results" / cpu / level_name
+    return ROOT / "benchmarks" / "results" / _slug(cpu_name()) / level_name
+
+
+def gpu_results_folder(device: str) -> Path:
+    """benchmarks/results/<device>"""
+    return ROOT / "benchmarks" / "results" / _slug(device)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _affinity() -> str:

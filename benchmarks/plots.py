@@ -14,7 +14,8 @@ from cases import ALL, PEERS
 from report import NOTES, OURS, Report, absences, header, rate, timed_peers
 from timing import Row
 
-COLORS = dict(zip(PEERS, plt.get_cmap("tab10").colors))
+PALETTE = [*plt.get_cmap("tab10").colors, *plt.get_cmap("Dark2").colors]
+COLORS = dict(zip(PEERS, PALETTE))
 
 
 def series(report: Report, axis: str) -> dict[str, list[Row]]:
@@ -31,23 +32,25 @@ def series(report: Report, axis: str) -> dict[str, list[Row]]:
 
 
 def over_size(report: Report, what: str, axis_name: str, path: Path) -> bool:
-    """One panel per series: ms or MB of every peer over length, or whatever the size of these rows
-    is. False if there is no series."""
+    """One panel per series: ms, MB or rate of every peer over length, or whatever the size of these
+    rows is. False if there is no series."""
 
     def value(row: Row, peer: str) -> float | None:
-        if what == "time":
-            return 1e3 * row.timings[peer].median if peer in row.timings else None
-        memory = row.memory.get(peer)
-        return memory / 1e6 if isinstance(memory, int) else None
+        if what == "memory":
+            memory = row.memory.get(peer)
+            return memory / 1e6 if isinstance(memory, int) else None
+        if peer not in row.timings:
+            return None
+        return 1e3 * row.timings[peer].median if what == "time" else rate(row, peer)[0]
 
-    panels = {}
+    panels, units = {}, {}
     for name, rows in series(report, axis_name).items():
         lines = {
             p: [(r.case.size, v) for r in rows if (v := value(r, p)) is not None] for p in PEERS
         }
         lines = {peer: points for peer, points in lines.items() if len(points) >= 2}
         if lines:
-            panels[name] = lines
+            panels[name], units[name] = lines, rate(rows[0])[1]
     if not panels:
         return False
     columns = min(2, len(panels))
@@ -64,13 +67,17 @@ def over_size(report: Report, what: str, axis_name: str, path: Path) -> bool:
                 *zip(*points), marker="o", markersize=4, color=COLORS[peer], label=peer, **style
             )
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        if what == "rate":
+            axis.set_ylim(bottom=0)
+        else:
+            axis.set_yscale("log")
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.tick_params(labelsize=8)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.set_title(name, fontsize=9)
         axis.set_xlabel(axis_name)
-        axis.set_ylabel("ms" if what == "time" else "MB above the inputs, at the peak")
+        labels = {"time": "ms", "memory": "MB above the inputs, at the peak", "rate": units[name]}
+        axis.set_ylabel(labels[what])
         axis.grid(True, alpha=0.3)
         axis.legend(fontsize=8)
     _save(figure, path)
@@ -120,9 +127,10 @@ def save(report: Report, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     plotted = {"ratios.png": ratios(report, folder / "ratios.png")}
     for axis in dict.fromkeys(case.axis for case in ALL):
-        for what in ("time", "memory"):
+        for what in ("time", "memory", "rate"):
             name = f"{what}_over_{axis}.png"
-            plotted[name] = over_size(report, what, axis, folder / name)
+            wanted = what != "rate" or "device" in report.provenance
+            plotted[name] = wanted and over_size(report, what, axis, folder / name)
     for name, drawn in plotted.items():
         if not drawn:  # a plot of an earlier run would be taken for one of this run
             (folder / name).unlink(missing_ok=True)

@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich import box
@@ -17,6 +17,7 @@ from rich.text import Text
 
 from cases import PEERS
 from ceilings import Ceilings
+from cuda_ceilings import CudaCeilings
 from timing import Row
 
 OURS = "fastattn"
@@ -27,10 +28,11 @@ class Report:
     """All rows of a run, the ceilings and the provenance they are read with."""
 
     provenance: dict
-    ceilings: Ceilings
+    ceilings: Ceilings | CudaCeilings
     grid: str
     rows: list[Row]
     failures: list[str]  # ids of the rows that gave a wrong result, or none
+    left_out: dict[str, str] = field(default_factory=dict)  # ids of rows not run, and why
 
     @property
     def families(self) -> dict[str, list[Row]]:
@@ -120,11 +122,25 @@ def header(report: Report) -> str:
     packages = ", ".join(
         f"{k} {p[k]}" for k in ("fastattn", "torch", "onnxruntime", "openvino") if k in p
     )
+    machine = f"{p['cpu']}, level {p['level']}, {p['threads']} threads on CPUs {p['affinity']}"
+    if "device" in p:
+        driver = p.get("driver_version", "unknown")
+        machine = (
+            f"{p['device']} ({p['level']}), driver {driver}, CUDA {p.get('cuda', 'none')}, "
+            f"cuDNN {p.get('cudnn', 'none')}, {clocks(report.rows)}; "
+            f"kernels {p['kernels']}; host {p['cpu']}"
+        )
     return (
-        f"{p['cpu']}, level {p['level']}, {p['threads']} threads on CPUs {p['affinity']}\n"
+        f"{machine}\n"
         f"{packages}, Python {p['python']}, commit {p['commit']}, {p['date']}\n"
         f"measured ceilings: {report.ceilings.describe()}"
     )
+
+
+def clocks(rows: list[Row]) -> str:
+    """The lowest and the highest that the GPU's clock was seen at, beside rows."""
+    seen = [mhz for row in rows for mhz in row.clocks or () if mhz]
+    return f"SM clock {min(seen)} to {max(seen)} MHz" if seen else "SM clock unknown"
 
 
 NOTES = """\
@@ -132,8 +148,8 @@ us: median of calls that take turns with the peers' calls; outputs are new in ea
 peers, in memory that the process has kept. %: of the ceiling measured here. x: how many times as \
 long as fastattn the peer takes; above 1 fastattn is faster. err: share of the allowed error, \
 which is twice that of the eager formula in the same dtype and one rounding. MB: growth of the \
-process at its peak, outputs included. With --cold, rows take their inputs in turn from so many \
-copies that none is still in a cache."""
+process, or of its memory on the GPU, at the peak, outputs included. With --cold, rows take their \
+inputs in turn from so many copies that none is still in a cache."""
 
 # What a narrow terminal goes without, first to last; CSV and HTML have it all. "MB peer" is the
 # column of the main rival.
@@ -186,7 +202,7 @@ def _cells(report: Report, row: Row, peers: list[str]) -> dict[str, str | Text]:
         **case.details,
         "dtype": case.dtype,
         "pass": case.passes,
-        "on": f"{report.provenance['level']}*{report.provenance['threads']}",
+        "on": where(report),
         "us": f"{ours.median * 1e6:.0f}",
         "p20-p80": f"{ours.p20 * 1e6:.0f}-{ours.p80 * 1e6:.0f}",
         "rate": f"{speed:.3f} TF" if unit == "TFLOP/s" else f"{speed:.1f} GB",
@@ -196,6 +212,11 @@ def _cells(report: Report, row: Row, peers: list[str]) -> dict[str, str | Text]:
         f"MB {OURS}": _megabytes(row.memory.get(OURS)),
         "MB peer": _megabytes(row.memory.get(case.rivals[0])),
     }
+
+
+def where(report: Report) -> str:
+    p = report.provenance
+    return p["device"] if "device" in p else f"{p['level']}*{p['threads']}"
 
 
 def _ratio(ratio: float | None) -> Text:
@@ -217,6 +238,8 @@ def absences(report: Report) -> list[str]:
         for peer, memory in row.memory.items():
             if isinstance(memory, str):
                 found.setdefault(f"memory of {peer}: {memory}", []).append(row.case.id)
+    for name, reason in report.left_out.items():
+        found.setdefault(reason, []).append(name)
     return [f"{k} ({v[0] if len(v) == 1 else f'{len(v)} rows'})" for k, v in found.items()]
 
 
@@ -254,9 +277,19 @@ def records(report: Report) -> list[dict]:
                     "peak_memory_bytes": memory if isinstance(memory, int) else None,
                     "reason": row.reasons.get(peer) or (memory if isinstance(memory, str) else ""),
                     **{k: report.provenance[k] for k in ("commit", "date", "cpu", "torch")},
+                    **_gpu_columns(report, row),
                 }
             )
     return out
+
+
+def _gpu_columns(report: Report, row: Row) -> dict:
+    """What rows on a GPU have besides."""
+    if "device" not in report.provenance:
+        return {}
+    before, after = row.clocks or (None, None)
+    columns = {k: report.provenance[k] for k in ("device", "kernels")}
+    return columns | {"sm_mhz_before": before, "sm_mhz_after": after}
 
 
 def save(report: Report, folder: Path) -> None:

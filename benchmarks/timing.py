@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 import checks
-from cases.base import Case, Inputs, Unavailable, available_memory
+from cases.base import COMPILING, Case, Forward, Inputs, Unavailable, available_memory
 
 MAX_ROUNDS = 200
 MAX_SETS = 64  # of inputs
@@ -55,6 +55,7 @@ class Row:
     memory: dict[str, int | str] = field(default_factory=dict)  # bytes above the inputs, or why not
     error_used: float = float("nan")
     cold: bool = False
+    clocks: tuple[int | None, int | None] | None = None  # MHz of the GPU, before and after
 
     def ratio(self, peer: str) -> float | None:
         """How many times as long as fastattn the peer takes: above 1 fastattn is faster."""
@@ -74,6 +75,7 @@ class Settings:
     rounds: int | None  # fixed, or None for as many as fit in `cap`
     cold: bool
     cache_bytes: int
+    memory: bool  # whether peak memory is measured
 
 
 class Bench:
@@ -112,27 +114,41 @@ class Bench:
                 continue
             try:
                 self._expect_patience(name, case, cap)
-                step = partial(checks.evaluate, case.peers[name].build(case))
-                seconds, results = _timed(step, checked)
+                forward = case.peers[name].build(case)
+                seconds, results = self.timed(partial(checks.evaluate, forward), checked)
                 if name == "fastattn":
                     row.error_used = oracle.budget_used(results)
                 elif obstacle := oracle.peer_obstacle(results):
                     raise Unavailable(obstacle)
                 del results
-                if seconds < WARM_AGAIN or name == "compile":  # whose first call compiles
-                    seconds, _ = _timed(step, inputs)
+                steps[name], seconds = self.warmed(row, name, forward, inputs, seconds)
             except Exception as error:
                 if name == "fastattn":
                     raise
                 row.reasons[name] = reason(error)
                 continue
-            steps[name], estimates[name] = step, seconds
+            estimates[name] = seconds
             key = self._kind(name, case)
             self.rates[key] = max(self.rates.get(key, 0.0), case.work / seconds)
         return steps, estimates
 
+    def warmed(
+        self, row: Row, name: str, forward: Forward, inputs: Inputs, seconds: float
+    ) -> tuple[Step, float]:
+        """What is timed, and about how long it takes; a first call took `seconds`."""
+        step = partial(checks.evaluate, forward)
+        if seconds < WARM_AGAIN or name in COMPILING:
+            seconds, _ = self.timed(step, inputs)
+        return step, seconds
+
+    @staticmethod
+    def timed(step: Step, inputs: Inputs) -> tuple[float, tuple[torch.Tensor, ...]]:
+        start = time.perf_counter()
+        results = step(inputs)
+        return time.perf_counter() - start, results
+
     def _expect_patience(self, name: str, case: Case, cap: float) -> None:
-        if name == "compile":
+        if name in COMPILING:
             wanted = self.settings.compile == "all" or (
                 self.settings.compile == "some" and case.compiled
             )
@@ -158,18 +174,18 @@ class Bench:
         # Each call takes the next set: no peer finds what another one left in a cache.
         ring = itertools.cycle(sets)
         shuffle = random.Random(row.case.id).shuffle
-        rounds = self.settings.rounds or _rounds(estimates["fastattn"], cap)
+        rounds = self.settings.rounds or rounds_within(cap, estimates["fastattn"])
 
         def others():
             shuffle(native)  # nobody is always the one after the slowest
             for name in foreign + native:
                 taken = samples[name]
-                if len(taken) >= _rounds(estimates[name], cap):
+                if len(taken) >= rounds_within(cap, estimates[name]):
                     continue
                 if name in foreign:
                     # torch's idle threads stop spinning, and leave the cores to the other pool.
                     time.sleep(0.01)
-                taken.append(_timed(steps[name], next(ring))[0])
+                taken.append(self.timed(steps[name], next(ring))[0])
                 if name in foreign:
                     _wake_pool()
             return (next(ring),), {}
@@ -186,13 +202,7 @@ class Bench:
         row.timings |= {name: Timing.of(taken) for name, taken in samples.items()}
 
 
-def _timed(step: Step, inputs: Inputs) -> tuple[float, tuple[torch.Tensor, ...]]:
-    start = time.perf_counter()
-    results = step(inputs)
-    return time.perf_counter() - start, results
-
-
-def _rounds(seconds: float, cap: float) -> int:
+def rounds_within(cap: float, seconds: float) -> int:
     """As many calls as fit in `cap` seconds, and at least 5; 3 or 2 where these take too long."""
     least = 5 if 2.5 * seconds < cap else 3 if seconds < cap else 2
     return max(least, min(int(cap / seconds), MAX_ROUNDS))

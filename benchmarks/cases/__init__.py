@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cases import activation, attention, kv_cache, norm, rope
+from cases import activation, attention, cuda_attention, kv_cache, norm, rope
 from cases.base import Case
 
 ALL: list[Case] = [
@@ -11,9 +11,14 @@ ALL: list[Case] = [
     *activation.ALL,
     *rope.ALL,
     *kv_cache.ALL,
+    *cuda_attention.ALL,
 ]
 BY_ID = {case.id: case for case in ALL}
 PEERS = {name: peer for case in ALL for name, peer in case.peers.items()}
+
+
+def on(device: str) -> list[Case]:
+    return [case for case in BY_ID.values() if case.device == device]
 
 
 def family(name: str) -> list[Case]:

@@ -101,14 +101,15 @@ rows take their inputs in turn from so many copies that none is still in a cache
 
     @property
     def work(self) -> float:
-        """4 Sq Sk D FLOPs per head, half if causal, padding not counted; backward adds 2.5 times
+        """4 Sq Sk D FLOPs per head, half if causal, padding not counted; backward takes 2.5 times
         that. In decode what must be moved: K, V and the query read once, the output written."""
         if self.op == "decode":
             size = DTYPES[self.dtype].itemsize * self.head_dim
             outer = 2.0 * self.batch * self.heads * self.queries
             return size * (2.0 * self.heads_kv * sum(self.lengths) + outer)
         forward = 4.0 * self.heads * self.queries * sum(self.lengths) * self.head_dim
-        return forward * (0.5 if self.is_causal else 1.0) * (3.5 if self.backward else 1.0)
+        passes = {"fwd": 1.0, "bwd": 2.5, "fwd+bwd": 3.5}[self.passes]
+        return forward * (0.5 if self.is_causal else 1.0) * passes
 
     @property
     def input_bytes(self) -> int:
@@ -129,10 +130,11 @@ rows take their inputs in turn from so many copies that none is still in a cache
 
     def inputs(self) -> AttentionInputs:
         """Normally distributed."""
-        generator, dtype = self.generator(), DTYPES[self.dtype]
+        generator, dtype, device = self.generator(), DTYPES[self.dtype], self.device
 
         def normal(*shape: int, grad: bool = self.backward) -> Tensor:
-            return torch.randn(shape, generator=generator).to(dtype).requires_grad_(grad)
+            numbers = torch.randn(shape, generator=generator, device=device)
+            return numbers.to(dtype).requires_grad_(grad)
 
         query_shape = (self.batch, self.heads, self.queries, self.head_dim)
         cache_shape = (self.batch, self.heads_kv, self.keys, self.head_dim)
@@ -142,11 +144,11 @@ rows take their inputs in turn from so many copies that none is still in a cache
         if self.mask == "bias":
             inputs.bias = normal(1, self.heads, self.queries, self.keys)
         if self.mask == "padded":
-            inputs.key_lengths = torch.tensor(self.lengths)
-            inputs.visible = torch.arange(self.keys) < inputs.key_lengths[:, None]
+            inputs.key_lengths = torch.tensor(self.lengths, device=device)
+            inputs.visible = torch.arange(self.keys, device=device) < inputs.key_lengths[:, None]
             inputs.visible = inputs.visible[:, None, None, :]
         if self.is_causal:  # the bottom-right corner: the last query sees every key
-            seen = torch.ones(self.queries, self.keys, dtype=torch.bool)
+            seen = torch.ones(self.queries, self.keys, dtype=torch.bool, device=device)
             inputs.visible = seen.tril(self.keys - self.queries)
         return inputs
 

@@ -24,7 +24,7 @@ class AttentionOracle(Oracle):
 
     def __init__(self, case: AttentionCase, inputs: AttentionInputs):
         self.case = case
-        self.rows = sampled_rows(case.queries)
+        self.rows = sampled_rows(case.queries).to(case.device)
         self.checked = inputs
         if case.queries > WHOLE:
             douts = tuple(zero_elsewhere(dout, 2, self.rows) for dout in inputs.douts)
@@ -39,7 +39,7 @@ class AttentionOracle(Oracle):
 
     def check_rest(self, results: tuple[Tensor, ...]) -> None:
         if len(results) > 1 and self.case.queries > WHOLE:
-            others = torch.ones(self.case.queries, dtype=torch.bool)
+            others = torch.ones(self.case.queries, dtype=torch.bool, device=self.case.device)
             others[self.rows] = False
             assert not results[1][:, :, others].count_nonzero(), "dq is not zero where dout is"
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cases.attention import AttentionCase, AttentionInputs
 
 
-def _fastattn(case: AttentionCase) -> Forward:
+def ours(case: AttentionCase) -> Forward:
     from fastattn.functional import attention
 
     causal = "bottom_right" if case.is_causal else False
@@ -56,7 +56,7 @@ def _eager(case: AttentionCase) -> Forward:
     return naive
 
 
-def _sdpa(case: AttentionCase) -> Forward:
+def sdpa(case: AttentionCase) -> Forward:
     square = (
         case.queries == case.keys
     )  # torch's is_causal is the top-left corner: the same only here
@@ -170,8 +170,8 @@ def _openvino(case: AttentionCase) -> Forward:
 
 
 PEERS = table(
-    Peer("fastattn", "fastattn", _fastattn, "fastattn.functional.attention"),
-    Peer("sdpa", "sdpa", _sdpa, "torch.nn.functional.scaled_dot_product_attention"),
+    Peer("fastattn", "fastattn", ours, "fastattn.functional.attention"),
+    Peer("sdpa", "sdpa", sdpa, "torch.nn.functional.scaled_dot_product_attention"),
     Peer("eager", "eager", _eager, "softmax(Q K^T) V by hand, eager"),
     Peer("compile", "compile", _compiled, "torch.compile(the same by hand, dynamic=False)"),
     Peer("onnxruntime", "ort", _onnxruntime, "onnxruntime, ONNX Attention", own_threads=True),

@@ -20,6 +20,8 @@ from checks import Oracle
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 GRIDS = ("quick", "default", "full")
+DEVICES = ("cpu", "cuda")
+COMPILING = ("compile", "flex")  # peers that compile anew for every row
 
 
 class Unavailable(Exception):
@@ -103,6 +105,9 @@ class Case:
     axis: ClassVar[str] = "length"  # what `size` is, in plots
     note: ClassVar[str]  # what the table of the family is read with
     is_cold: ClassVar[bool] = False  # inputs come from memory even without --cold
+    device: ClassVar[str] = "cpu"
+    # Only the gradients are timed where the pass goes backward: forward has a row of its own.
+    backward_alone: ClassVar[bool] = False
 
     @property
     def shape(self) -> str:
@@ -125,7 +130,7 @@ class Case:
 
     def generator(self) -> torch.Generator:
         """Of random numbers, in a state that depends on the row alone."""
-        return torch.Generator().manual_seed(zlib.crc32(self.id.encode()))
+        return torch.Generator(self.device).manual_seed(zlib.crc32(self.id.encode()))
 
     def inputs(self) -> Inputs:
         """The tensors; the same for a given case in every process."""
@@ -141,7 +146,9 @@ class Case:
 
     @property
     def passes(self) -> str:
-        return "fwd+bwd" if self.backward else "fwd"
+        if not self.backward:
+            return "fwd"
+        return "bwd" if self.backward_alone else "fwd+bwd"
 
     @property
     def id(self) -> str:
