@@ -29,14 +29,13 @@ void AsyncCopies::wait(int pending, const Where& where) {
   }
 }
 
-void AsyncCopies::check_all_landed(const Where& where) {
-  if (first_ == copies_.size()) {
-    clear();
-    return;
+void AsyncCopies::end_thread() {
+  if (first_ < copies_.size()) {
+    fail(copies_[first_].where,
+         "the thread ends with %zu copies not waited for, this one the first",
+         copies_.size() - first_);
   }
-  fail(where,
-       "the thread ends, and %zu of its copies were not waited for, the first issued at %s:%u",
-       copies_.size() - first_, copies_[first_].where.file_name(), copies_[first_].where.line());
+  clear();
 }
 
 void AsyncCopies::clear() {

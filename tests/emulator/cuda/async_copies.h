@@ -19,8 +19,8 @@ class AsyncCopies {
   // All but the newest `pending` groups land.
   void wait(int pending, const Where& where);
 
-  // Called where the thread ends: nothing may be left.
-  void check_all_landed(const Where& where);
+  // Nothing may be left.
+  void end_thread();
   void clear();
 
  private:

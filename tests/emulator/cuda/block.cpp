@@ -135,7 +135,7 @@ bool Block::join_block(const Operation& operation, bool vote, const Where& where
 void Block::leave_thread() {
   Thread& self = *current_;
   Warp& warp = *self.warp;
-  self.copies.check_all_landed(self.where);
+  self.copies.end_thread();
   self.operation = &kExit;
   warp.exited |= 1u << self.lane;
   ++exited_;
@@ -217,7 +217,8 @@ bool Block::run(const Call& call, uint3 index, uint3 shape, Random& random) {
 void Block::abandon() {
   failed_ = true;
   prepared_ = 0;
-  host_.go_on();
+  Fiber::switch_between(current_->fiber, host_);
+  __builtin_unreachable();
 }
 
 }  // namespace fastattn::emulator

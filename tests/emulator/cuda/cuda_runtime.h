@@ -219,6 +219,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Call& call);
 template <typename... Params, typename... Arguments>
 inline cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...),
                                       Arguments&&... arguments) {
+  static_assert((sizeof(Params) + ... + 0) <= 4096, "what a launch can carry");
   return [&](Params... params) {
     const auto closure = [&] { kernel(params...); };
     using Closure = decltype(closure);

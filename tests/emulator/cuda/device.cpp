@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "emulator.h"
+#include "failure.h"
 #include "shared_memory.h"
 
 namespace fastattn::emulator {
@@ -34,7 +35,10 @@ using namespace fastattn::emulator;
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || static_cast<size_t>(value) > kMaxSharedBytes) return cudaErrorInvalidValue;
+  if (value < 0 || static_cast<size_t>(value) > kMaxSharedBytes) {
+    record_failure("%d bytes of shared memory: a block has at most %zu", value, kMaxSharedBytes);
+    return cudaErrorInvalidValue;
+  }
   const std::lock_guard lock(attributes_turn);
   shared_bytes_of[kernel] = static_cast<size_t>(value);
   return cudaSuccess;
@@ -47,7 +51,7 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidDevice: return "invalid device ordinal";
     case cudaErrorInvalidDeviceFunction: return "invalid device function";
     case cudaErrorNoKernelImageForDevice: return "no kernel image is available";
-    default: return *last_error() != '\0' ? last_error() : "invalid argument";
+    default: return last_error();
   }
 }
 

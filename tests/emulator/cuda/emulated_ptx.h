@@ -30,7 +30,7 @@ inline void* shared_memory() {
 }
 
 inline uint32_t shared_address(const void* pointer) {
-  return static_cast<uint32_t>(emulator::shared.offset_of(pointer));
+  return emulator::shared.address_of(pointer);
 }
 
 template <typename T>
@@ -51,7 +51,7 @@ inline void store_shared(T* pointer, T value, Where where = Where::current()) {
 }
 
 inline void ldmatrix_x4(uint32_t (&x)[4], uint32_t address, Where where = Where::current()) {
-  const void* row = static_cast<unsigned char*>(emulator::shared.data()) + address;
+  const void* const row = emulator::shared.pointer_to(address);
   static constexpr Operation kOperation = {"ldmatrix_x4", false, emulator::load_matrices};
   emulator::shared.read_by_warp(row, 16, where);
   emulator::LdmatrixOperands operands = {x, row};
@@ -59,7 +59,7 @@ inline void ldmatrix_x4(uint32_t (&x)[4], uint32_t address, Where where = Where:
 }
 
 inline void ldmatrix_x4_trans(uint32_t (&x)[4], uint32_t address, Where where = Where::current()) {
-  const void* row = static_cast<unsigned char*>(emulator::shared.data()) + address;
+  const void* const row = emulator::shared.pointer_to(address);
   static constexpr Operation kOperation = {"ldmatrix_x4_trans", false,
                                            emulator::load_transposed_matrices};
   emulator::shared.read_by_warp(row, 16, where);

@@ -1,8 +1,11 @@
 // Stacks that take turns on one host thread.
 #pragma once
 
-#include <setjmp.h>
 #include <stddef.h>
+
+#ifndef __x86_64__
+#include <ucontext.h>
+#endif
 
 namespace fastattn::emulator {
 
@@ -21,16 +24,15 @@ class Fiber {
   // Leaves `from`, and returns when something switches to it.
   static void switch_between(Fiber& from, Fiber& to);
 
-  // Leaves the fiber that runs for good.
-  [[noreturn]] void go_on();
-
   // Whether an address lies where the stack would be if it were larger.
   bool is_overflow(const void* address) const;
 
  private:
-  static void begin();
-
-  jmp_buf state_;
+#ifdef __x86_64__
+  void* stack_pointer_ = nullptr;  // below it, what a function must preserve
+#else
+  ucontext_t context_;
+#endif
   unsigned char* stack_ = nullptr;
 };
 

@@ -8,6 +8,7 @@
 
 #include "block.h"
 #include "device.h"
+#include "kernel_name.h"
 #include "shared_memory.h"
 
 namespace fastattn::emulator {
@@ -29,26 +30,29 @@ uint64_t count_of(const dim3& shape) {
   return uint64_t{shape.x} * shape.y * shape.z;
 }
 
-cudaError_t refuse(cudaError_t error, const char* why) {
-  record_failure("%s", why);
-  return error;
-}
-
 cudaError_t check(const cudaLaunchConfig_t& config, const void* called) {
   const dim3 grid = config.gridDim, threads = config.blockDim;
   if (count_of(grid) == 0 || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535) {
-    return refuse(cudaErrorInvalidConfiguration, "a grid that no device takes");
+    record_failure("a grid of %u x %u x %u blocks", grid.x, grid.y, grid.z);
+    return cudaErrorInvalidConfiguration;
   }
   if (count_of(threads) == 0 || count_of(threads) > kMaxThreads) {
-    return refuse(cudaErrorInvalidConfiguration, "a block has 1 to 1024 threads");
+    record_failure("a block of %llu threads", static_cast<unsigned long long>(count_of(threads)));
+    return cudaErrorInvalidConfiguration;
   }
   if (count_of(threads) % kLanes != 0) {
-    return refuse(cudaErrorNotSupported, "blocks of whole warps only");
+    record_failure("a block of part of a warp, which the emulator does not do");
+    return cudaErrorNotSupported;
   }
-  if (config.dynamicSmemBytes > allowed_shared_bytes(called)) {
-    return refuse(cudaErrorInvalidValue, "more shared memory than was asked for by attribute");
+  if (const size_t allowed = allowed_shared_bytes(called); config.dynamicSmemBytes > allowed) {
+    record_failure("%zu bytes of shared memory, where the kernel is allowed %zu",
+                   config.dynamicSmemBytes, allowed);
+    return cudaErrorInvalidValue;
   }
-  if (config.numAttrs > 0) return refuse(cudaErrorNotSupported, "launch attributes");
+  if (config.numAttrs > 0) {
+    record_failure("launch attributes, which the emulator does not know");
+    return cudaErrorNotSupported;
+  }
   return cudaSuccess;
 }
 
@@ -65,8 +69,8 @@ bool run_blocks(const cudaLaunchConfig_t& config, const Call& call) {
     shared.begin_block(config.dynamicSmemBytes);
     if (!block.run(call, index, {threads.x, threads.y, threads.z}, randomness)) return false;
     if (!shared.is_guard_intact()) {
-      record_failure("block (%u, %u, %u) wrote beside its shared memory", index.x, index.y,
-                     index.z);
+      record_failure("%s, block (%u, %u, %u): wrote beside its shared memory",
+                     kernel_name(kernel).c_str(), index.x, index.y, index.z);
       return false;
     }
   }
@@ -86,7 +90,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Call& call) {
   kernel = call.kernel;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
-  if (block.now() > 0x80000000u) {
+  if (block.now() > 1u << 31) {  // before it runs over
     shared.forget_all();
     block.restart_clock();
   }

@@ -64,36 +64,43 @@ inline void unpack(uint32_t word, double* pair) {
   pair[1] = static_cast<double>(to_float(T{static_cast<uint16_t>(word >> 16)}));
 }
 
+// 8 columns, in what vectors every machine has.
+struct Row {
+  using Pair [[gnu::vector_size(16)]] = double;
+  Pair x[4];
+};
+
 // d += a b: products are exact, each sum is made in double, from d on by rising k, and rounded
 // once.
 template <typename T>
 inline void multiply_matrices(void* const* operands) {
-  double a[16][16], b[8][16];
+  static double a[16][16];
+  static Row b[16], d[16];
+  const auto given = [&](int lane) -> const MmaOperands& {
+    return *static_cast<const MmaOperands*>(operands[lane]);
+  };
   for (int lane = 0; lane < kLanes; ++lane) {
-    const auto& given = *static_cast<const MmaOperands*>(operands[lane]);
     const int g = lane / 4, t = lane % 4;
-    for (int w = 0; w < 4; ++w) unpack<T>(given.a[w], &a[g + w % 2 * 8][2 * t + w / 2 * 8]);
-    for (int w = 0; w < 2; ++w) unpack<T>(given.b[w], &b[g][2 * t + w * 8]);
+    const float* const sums = given(lane).d;
+    d[g].x[t] = Row::Pair{sums[0], sums[1]};
+    d[g + 8].x[t] = Row::Pair{sums[2], sums[3]};
+    for (int w = 0; w < 4; ++w) unpack<T>(given(lane).a[w], &a[g + w % 2 * 8][2 * t + w / 2 * 8]);
+    for (int w = 0; w < 2; ++w) {
+      double pair[2];
+      unpack<T>(given(lane).b[w], pair);
+      for (int e = 0; e < 2; ++e) b[2 * t + 8 * w + e].x[g / 2][g % 2] = pair[e];
+    }
   }
-  double by_row[16][8];
-  for (int n = 0; n < 8; ++n) {
-    for (int k = 0; k < 16; ++k) by_row[k][n] = b[n][k];
+  for (int row = 0; row < 16; ++row) {
+    Row sum = d[row];
+    for (int k = 0; k < 16; ++k) {
+      for (int n = 0; n < 4; ++n) sum.x[n] += a[row][k] * b[k].x[n];
+    }
+    d[row] = sum;
   }
-  for (int lane = 0; lane < kLanes; lane += 4) {
-    for (int half = 0; half < 2; ++half) {
-      double sum[8];
-      for (int n = 0; n < 8; ++n) {
-        const auto& given = *static_cast<const MmaOperands*>(operands[lane + n / 2]);
-        sum[n] = static_cast<double>(given.d[2 * half + n % 2]);
-      }
-      for (int k = 0; k < 16; ++k) {
-        const double factor = a[lane / 4 + 8 * half][k];
-        for (int n = 0; n < 8; ++n) sum[n] += factor * by_row[k][n];
-      }
-      for (int n = 0; n < 8; ++n) {
-        const auto& given = *static_cast<const MmaOperands*>(operands[lane + n / 2]);
-        given.d[2 * half + n % 2] = static_cast<float>(sum[n]);
-      }
+  for (int lane = 0; lane < kLanes; ++lane) {
+    for (int e = 0; e < 4; ++e) {
+      given(lane).d[e] = static_cast<float>(d[lane / 4 + e / 2 * 8].x[lane % 4][e % 2]);
     }
   }
 }

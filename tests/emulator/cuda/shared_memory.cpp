@@ -4,6 +4,7 @@
 #include <string.h>
 
 #include <algorithm>
+#include <array>
 
 #include "block.h"
 
@@ -74,22 +75,21 @@ void SharedMemory::begin_block(size_t bytes) {
 }
 
 bool SharedMemory::is_guard_intact() const {
-  const auto is_intact = [](const unsigned char* guard) {
-    return std::all_of(guard, guard + kGuardBytes, [](unsigned char b) { return b == kGuardByte; });
-  };
-  return is_intact(arena_) && is_intact(arena_ + kGuardBytes + bytes_);
+  static const auto intact = [] {
+    std::array<unsigned char, kGuardBytes> guard;
+    guard.fill(kGuardByte);
+    return guard;
+  }();
+  return memcmp(arena_, intact.data(), kGuardBytes) == 0 &&
+         memcmp(arena_ + kGuardBytes + bytes_, intact.data(), kGuardBytes) == 0;
 }
 
 void SharedMemory::forget_all() {
   memset(words_, 0, sizeof(words_));
-  memset(copying_, 0, sizeof(copying_));
+  memset(chunks_, 0, sizeof(chunks_));
 }
 
-size_t SharedMemory::offset_of(const void* pointer) const {
-  return static_cast<size_t>(static_cast<const unsigned char*>(pointer) - (arena_ + kGuardBytes));
-}
-
-SharedMemory::Word* SharedMemory::checked(const void* pointer, size_t size, const Access& access,
+SharedMemory::Words SharedMemory::checked(const void* pointer, size_t size, const Access& access,
                                           const Where& where) {
   const size_t offset = offset_of(pointer);
   if (offset >= bytes_ || bytes_ - offset < size) [[unlikely]] {
@@ -100,26 +100,31 @@ SharedMemory::Word* SharedMemory::checked(const void* pointer, size_t size, cons
     fail(where, "%s %zu bytes misaligned, at offset %zu of shared memory", access.verb, size,
          offset);
   }
-  // NOTE: no access is larger than a copy or crosses its bounds.
-  if (const uint16_t by = copying_[offset / kCopyBytes]; by != 0) [[unlikely]] {
+  Chunk& chunk = chunks_[offset / kChunkBytes];
+  if (chunk.copied_by != 0) [[unlikely]] {
     fail(
         where,
         "%s %zu bytes at offset %zu of shared memory, which a pending copy of thread %d is to fill",
-        access.verb, size, offset, by - 1);
+        access.verb, size, offset, chunk.copied_by - 1);
   }
-  return words_ + offset / kWordBytes;
+  Word* const words = words_ + offset / kChunkBytes * kChunkWords;
+  if (!chunk.words_differ) {
+    if (size == kChunkBytes) return {words, words + 1};
+    std::fill(words + 1, words + kChunkWords, words[0]);
+    chunk.words_differ = true;
+  }
+  Word* const first = words + offset % kChunkBytes / kWordBytes;
+  return {first, first + std::max<size_t>(size / kWordBytes, 1)};
 }
 
 void SharedMemory::note_read(const void* pointer, size_t size, const Access& access,
                              const Where& where) {
-  Word* const first = checked(pointer, size, access, where);
-  Word* const last = first + std::max<size_t>(size / kWordBytes, 1);
-  for (Word* word = first; word < last; ++word) {
-    if (!access.comes_after(word->writer, word->write_time)) [[unlikely]] {
-      fail_race(access, *word, true, where);
+  for (Word& word : checked(pointer, size, access, where)) {
+    if (!access.comes_after(word.writer, word.write_time)) [[unlikely]] {
+      fail_race(access, word, true, where);
     }
-    word->reader = access.joined_with(word->reader, word->read_time);
-    word->read_time = access.now;
+    word.reader = access.joined_with(word.reader, word.read_time);
+    word.read_time = access.now;
   }
 }
 
@@ -133,40 +138,39 @@ void SharedMemory::read_by_warp(const void* pointer, size_t size, const Where& w
 
 void SharedMemory::write(const void* pointer, size_t size, const Where& where) {
   const Access access("writes", size, false);
-  Word* const first = checked(pointer, size, access, where);
-  for (Word* word = first; word < first + size / kWordBytes; ++word) {
-    if (!access.comes_after(word->writer, word->write_time)) [[unlikely]] {
-      fail_race(access, *word, true, where);
+  for (Word& word : checked(pointer, size, access, where)) {
+    if (!access.comes_after(word.writer, word.write_time)) [[unlikely]] {
+      fail_race(access, word, true, where);
     }
-    if (!access.comes_after(word->reader, word->read_time)) [[unlikely]] {
-      fail_race(access, *word, false, where);
+    if (!access.comes_after(word.reader, word.read_time)) [[unlikely]] {
+      fail_race(access, word, false, where);
     }
-    word->writer = access.who;
-    word->write_time = access.now;
+    // Whatever comes after this write comes after what was read before it.
+    word = {access.now, access.now, access.who, access.who};
   }
+  if (size == kChunkBytes) chunks_[offset_of(pointer) / kChunkBytes].words_differ = false;
 }
 
 void SharedMemory::begin_copy(void* pointer, const Where& where) {
-  write(pointer, kCopyBytes, where);
-  memset(pointer, kNaNByte, kCopyBytes);
-  copying_[offset_of(pointer) / kCopyBytes] = static_cast<uint16_t>(block.current().number + 1);
+  write(pointer, kChunkBytes, where);
+  memset(pointer, kNaNByte, kChunkBytes);
+  chunks_[offset_of(pointer) / kChunkBytes].copied_by =
+      static_cast<uint16_t>(block.current().number + 1);
 }
 
 void SharedMemory::end_copy(void* pointer, const void* data, const Where& where) {
-  copying_[offset_of(pointer) / kCopyBytes] = 0;
-  write(pointer, kCopyBytes, where);
-  memcpy(pointer, data, kCopyBytes);
+  chunks_[offset_of(pointer) / kChunkBytes].copied_by = 0;
+  write(pointer, kChunkBytes, where);
+  memcpy(pointer, data, kChunkBytes);
 }
 
 void SharedMemory::fail_race(const Access& access, const Word& word, bool with_writer,
                              const Where& where) {
   char other[48];
   describe(with_writer ? word.writer : word.reader, other);
-  fail(where,
-       "race: %s %zu bytes at offset %zu of shared memory, which %s has %s, and no barrier "
-       "orders them",
-       access.verb, access.size, static_cast<size_t>(&word - words_) * kWordBytes, other,
-       with_writer ? "written" : "read");
+  fail(where, "race: %s %zu bytes at offset %zu of shared memory after a %s by %s, unordered",
+       access.verb, access.size, static_cast<size_t>(&word - words_) * kWordBytes,
+       with_writer ? "write" : "read", other);
 }
 
 }  // namespace fastattn::emulator

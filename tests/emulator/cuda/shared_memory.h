@@ -38,8 +38,13 @@ class SharedMemory {
   void begin_copy(void* pointer, const Where& where);
   void end_copy(void* pointer, const void* data, const Where& where);
 
-  // Where a pointer into it points.
-  size_t offset_of(const void* pointer) const;
+  // Its addresses of 32 bits do not start at 0.
+  uint32_t address_of(const void* pointer) const {
+    return static_cast<uint32_t>(offset_of(pointer)) + kFirstAddress;
+  }
+  const void* pointer_to(uint32_t address) const {
+    return arena_ + kGuardBytes + (int64_t{address} - kFirstAddress);
+  }
 
  private:
   // Who: a thread, several threads of a warp, or threads of several warps; and when.
@@ -47,19 +52,38 @@ class SharedMemory {
     uint32_t write_time, read_time;
     uint16_t writer, reader;
   };
+  // 16 bytes, of which no access crosses the bounds.
+  struct Chunk {
+    uint16_t copied_by;  // the thread whose copy is pending, from 1 on; 0: none
+    bool words_differ;   // else its first word stands for all
+  };
+  struct Words {
+    Word *first, *last;
+    Word* begin() const {
+      return first;
+    }
+    Word* end() const {
+      return last;
+    }
+  };
   struct Access;
 
-  // The first word that an access touches, if it is allowed to be where it is.
-  Word* checked(const void* pointer, size_t size, const Access& access, const Where& where);
+  size_t offset_of(const void* pointer) const {
+    return static_cast<size_t>(static_cast<const unsigned char*>(pointer) - (arena_ + kGuardBytes));
+  }
+  // The words that an access touches, if it is allowed to be where it is.
+  Words checked(const void* pointer, size_t size, const Access& access, const Where& where);
   void note_read(const void* pointer, size_t size, const Access& access, const Where& where);
   [[noreturn]] void fail_race(const Access& access, const Word& word, bool with_writer,
                               const Where& where);
 
   // NOTE: 128-byte aligned and not more, as kernels may assume.
-  static constexpr size_t kGuardBytes = 4096 + 128, kCopyBytes = 16, kWordBytes = 2;
+  static constexpr uint32_t kFirstAddress = 1024 + 128;
+  static constexpr size_t kGuardBytes = 1024 + 128, kChunkBytes = 16, kWordBytes = 2;
+  static constexpr size_t kChunkWords = kChunkBytes / kWordBytes;
   alignas(1024) unsigned char arena_[kGuardBytes + kMaxSharedBytes + kGuardBytes];
   Word words_[kMaxSharedBytes / kWordBytes];
-  uint16_t copying_[kMaxSharedBytes / kCopyBytes];  // by which thread, from 1 on; 0: none
+  Chunk chunks_[kMaxSharedBytes / kChunkBytes];
   size_t bytes_ = 0;
 };
 

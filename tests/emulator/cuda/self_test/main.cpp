@@ -22,13 +22,11 @@ void report_probe() {
 
 }  // namespace fastattn::self_test
 
-// With an argument: dies of "overflow" or "null".
 int main(int count, char** arguments) {
   using namespace fastattn;
   if (count == 2) self_test::run_fault(arguments[1]);
   self_test::report_probe();
   self_test::run_wrong_kernels();
   self_test::run_right_kernels();
-  self_test::report("again after errors", emulator::launches() > 100);
   printf("launches: %llu\n", static_cast<unsigned long long>(emulator::launches()));
 }

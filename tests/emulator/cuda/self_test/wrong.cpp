@@ -239,12 +239,11 @@ void run_wrong_kernels() {
   report("barrier against sync_warp", run(barrier_against_warp));
   report("two operations", run(two_operations));
   report("lane that ended", run(lane_that_ended));
+  const cudaLaunchConfig_t config = {1, kThreads, 49 << 10, nullptr, nullptr, 0};
+  report("shared memory unasked for", cudaLaunchKernelEx(&config, write_after_write));
   report("too much shared memory",
-         cuda::launch(write_after_write, {1, kThreads, 49 << 10, nullptr}));
+         cuda::launch(write_after_write, {1, kThreads, 164 << 10, nullptr}));
   report("half a warp", cuda::launch(write_after_write, {1, 48, 4096, nullptr}));
-  report("more than there is",
-         cudaFuncSetAttribute(write_after_write, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              164 << 10));
   report("empty grid", cuda::launch(write_after_write, {0, kThreads, 4096, nullptr}));
   const cudaError_t error = run(uninitialised, out);
   report("uninitialised memory is NaN", error == cudaSuccess && isnan(out[5]));
