@@ -69,9 +69,6 @@ class Block {
   Thread& current() {
     return *current_;
   }
-  const Thread& thread(int number) const {
-    return threads_[number];
-  }
 
   // Time passes where memory is ordered. What happened before block_time() happened before all
   // that the block does now.

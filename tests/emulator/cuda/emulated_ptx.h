@@ -43,6 +43,12 @@ inline T load_shared(const T* pointer, Where where = Where::current()) {
 }
 
 template <typename T>
+inline T load_shared(uint32_t address, Where where = Where::current()) {
+  const void* pointer = static_cast<unsigned char*>(emulator::shared.data()) + address;
+  return load_shared(static_cast<const T*>(pointer), where);
+}
+
+template <typename T>
 inline void store_shared(T* pointer, T value, Where where = Where::current()) {
   static_assert(sizeof(T) >= 2, "two threads that store one byte each would look like a race");
   static_assert(sizeof(T) <= 16 && (sizeof(T) & (sizeof(T) - 1)) == 0);

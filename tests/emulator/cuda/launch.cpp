@@ -8,6 +8,7 @@
 
 #include "block.h"
 #include "device.h"
+#include "emulator.h"
 #include "kernel_name.h"
 #include "shared_memory.h"
 
