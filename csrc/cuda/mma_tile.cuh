@@ -142,31 +142,43 @@ FA_DEVICE float dot(const float4& a, const float4& b, float sum) {
   return fmaf(a.w, b.w, sum);
 }
 
-template <typename Tile>
-FA_DEVICE float4 load_four(const Tile& tile, int row, int chunk) {
-  return ptx::load_shared(reinterpret_cast<const float4*>(tile.chunk(row, chunk)));
-}
-
 template <int kM, int kN, typename TileA, typename TileB>
 FA_DEVICE void multiply_rows_by_fma(Accumulator<kM, kN>& acc, const TileA& a, int a_row,
                                     const TileB& b, int b_row) {
-#pragma unroll 4
-  for (int k = 0; k < TileA::kRowChunks; ++k) {
-    float4 left[kM][2];
+  static_assert(TileA::kPanelChunks == TileB::kPanelChunks);
+  const uint32_t left_start[2] = {ptx::shared_address(a.chunk(a_row + row_of(0, 0), 0)),
+                                  ptx::shared_address(a.chunk(a_row + row_of(0, 2), 0))};
+  const uint32_t right_start[2] = {ptx::shared_address(b.chunk(b_row + column_of(0, 0), 0)),
+                                   ptx::shared_address(b.chunk(b_row + column_of(0, 1), 0))};
+  constexpr int kPanel = TileA::kPanelChunks;
+#pragma unroll 1
+  for (int panel = 0; panel < TileA::kRowChunks / kPanel; ++panel) {
+    const uint32_t left_panel = panel * TileA::kRows * kPanel * 16;
+    const uint32_t right_panel = panel * TileB::kRows * kPanel * 16;
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
-      left[m][0] = load_four(a, a_row + row_of(m, 0), k);
-      left[m][1] = load_four(a, a_row + row_of(m, 2), k);
-    }
-#pragma unroll
-    for (int n = 0; n < kN; ++n) {
-      const float4 right[2] = {load_four(b, b_row + column_of(n, 0), k),
-                               load_four(b, b_row + column_of(n, 1), k)};
+    for (int k = 0; k < kPanel; ++k) {
+      float4 left[kM][2];
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          acc.x[m][n][e] = dot(left[m][e / 2], right[e % 2], acc.x[m][n][e]);
+        for (int half = 0; half < 2; ++half) {
+          left[m][half] =
+              ptx::load_shared<float4>(left_panel + TileA::step(left_start[half], 16 * m, k));
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        float4 right[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          right[e] = ptx::load_shared<float4>(right_panel + TileB::step(right_start[e], 8 * n, k));
+        }
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            acc.x[m][n][e] = dot(left[m][e / 2], right[e % 2], acc.x[m][n][e]);
+          }
         }
       }
     }
@@ -258,6 +270,7 @@ template <bool kGuarded, int kM, int kK, int kN, typename Tile>
 FA_DEVICE void multiply_columns_by_fma(Accumulator<kM, kN>& acc, const Accumulator<kM, kK>& left,
                                        const Tile& b) {
   const int first_lane = ptx::lane_id() & ~3;
+  const uint32_t start = ptx::shared_address(b.at(0, column_of(0, 0)));
 #pragma unroll
   for (int k = 0; k < 8 * kK; ++k) {
     float weight[kM][2];
@@ -270,8 +283,7 @@ FA_DEVICE void multiply_columns_by_fma(Accumulator<kM, kN>& acc, const Accumulat
     }
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
-      const float2 right =
-          ptx::load_shared(reinterpret_cast<const float2*>(b.at(k, column_of(n, 0))));
+      const float2 right = ptx::load_shared<float2>(Tile::step(start, k, 2 * n));
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll

@@ -60,6 +60,11 @@ FA_DEVICE T load_shared(const T* pointer) {
 }
 
 template <typename T>
+FA_DEVICE T load_shared(uint32_t address) {
+  return *static_cast<const T*>(__cvta_shared_to_generic(address));
+}
+
+template <typename T>
 FA_DEVICE void store_shared(T* pointer, T value) {
   *pointer = value;
 }

@@ -27,19 +27,23 @@ struct SharedTile {
 
   alignas(128) T data[kRows * kColumns];
 
+  static FA_DEVICE int permutation(int row) {
+    return kPanelChunks == 8 ? row & 7 : row >> 1 & 3;
+  }
   FA_DEVICE const T* chunk(int row, int index) const {
     const int panel = index / kPanelChunks, within = index % kPanelChunks;
-    const int permuted = within ^ (kPanelChunks == 8 ? row & 7 : row >> 1 & 3);
+    const int permuted = within ^ permutation(row);
     return data + ((panel * kRows + row) * kPanelChunks + permuted) * kChunkColumns;
   }
   FA_DEVICE T* chunk(int row, int index) {
     return const_cast<T*>(static_cast<const SharedTile*>(this)->chunk(row, index));
   }
-  // The address of the chunk so many rows (a multiple of 8) and chunks (an even number) after one
-  // whose index is 0 or 1: with both known to the compiler, one exclusive or.
+  // From the address of a chunk to that of the one so many rows and chunks after it. The first has
+  // index 0 or 1 and `chunks` is even; `rows`, or the first one's row, is a multiple of 8. With
+  // both steps known to the compiler this is one exclusive or.
   static FA_DEVICE uint32_t step(uint32_t from, int rows, int chunks) {
     const int panel = chunks / kPanelChunks, within = chunks % kPanelChunks;
-    return (from ^ static_cast<uint32_t>(16 * within)) +
+    return (from ^ static_cast<uint32_t>(16 * (within ^ permutation(rows)))) +
            static_cast<uint32_t>((panel * kRows + rows) * kPanelChunks * 16);
   }
   FA_DEVICE const T* at(int row, int column) const {
