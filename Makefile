@@ -1,12 +1,14 @@
 # From a fresh clone, each of these does all it needs: a virtual environment in .venv, torch, the build.
 #   make test     build and run the tests
 #   make bench    build and compare with other implementations (FULL=1: the whole grid, QUICK=1: results only)
+#   make gpu      on a machine with a GPU: build, tests, sanitizer and benchmarks there, in 10 minutes;
+#                 as it is, with PYTHON, which has all it needs: it installs nothing
 #   make build    compile what changed
 #   make check    format, lint, types, and what must hold for sources and objects (tests/static)
 #   make clean    remove what was built
 #
-# TORCH names the torch to install where .venv has none, PYTHON the Python to make .venv with, and VENV another
-# environment to use, for example your own.
+# TORCH names the torch to install where .venv has none, PYTHON the Python to make .venv with (for `make gpu`, the one
+# to run), VENV another environment to use, for example your own, and STAGES some of the stages of `make gpu`.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,7 +19,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "setuptools>=77" ninja "pybind11>=2.13"
 CXX_FILES = $(shell find csrc tests \( -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: test bench build check clean
+.PHONY: test bench gpu build check clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.ready-test build
@@ -25,6 +27,11 @@ test: $(VENV)/.ready-test build
 
 bench: $(VENV)/.ready-bench build
 	$(BIN)/python -m fastattn bench
+
+gpu:
+	@$(PYTHON) -c 'import torch, pybind11, ninja, setuptools, pytest, pytest_benchmark, hypothesis, matplotlib, rich' || \
+	  { echo "make gpu installs nothing: PYTHON=... names a Python that has torch and the packages for the tests"; exit 1; }
+	$(PYTHON) benchmarks/gpu.py $(STAGES)
 
 build: $(VENV)/.ready-build
 	$(BIN)/python setup.py -q build_ext --inplace

@@ -1,0 +1,152 @@
+"""Every kind of attention once, on small shapes: what compute-sanitizer watches.
+
+    compute-sanitizer --tool racecheck python benchmarks/kernel_calls.py --seconds=60
+
+Inputs are made on the CPU and results are read there, so that hardly a kernel runs but fastattn's
+own. Results must not be NaN; that they are right is for the tests to say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from fastattn.functional import attention, attention_varlen, attention_with_cache
+from fastattn.testing import cotangents, randn
+from torch import Tensor
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DIFFERENTIABLE = ("query", "key", "value", "bias", "sink")
+
+Call = Callable[[str], tuple[Tensor, ...]]  # takes a device, returns all results
+
+
+def calls() -> Iterator[tuple[str, Call]]:
+    """By name, what matters most first."""
+    yield "plain", partial(_trained, (2, 4, 4, 130, 130, 64))
+    yield "causal, grouped heads", partial(_trained, (1, 6, 2, 97, 161, 128), causal=True)
+    yield "decode", partial(_decoded, 1)
+    yield "decode, pages", partial(_decoded, 1, page_rows=16)
+    for head_dim in (64, 96, 128, 256):
+        for dtype in DTYPES:
+            shape = (1, 2, 1, 70, 133, head_dim)
+            yield f"{dtype}, head_dim {head_dim}", partial(_trained, shape, dtype, causal=True)
+    yield "deterministic", partial(_trained, (1, 4, 2, 200, 200, 64), deterministic=True)
+    yield "packed", _packed
+    yield "decode, int8", partial(_decoded, 1, dtype=torch.int8)
+    yield "decode, several rows", partial(_decoded, 3, causal=True)
+    for name, options in _options().items():
+        yield name, partial(_trained, (2, 2, 2, 83, 97, 40), **options)
+
+
+def _options() -> dict[str, dict[str, Any]]:
+    lengths = {"query_lengths": torch.tensor([83, 20]), "key_lengths": torch.tensor([1, 97])}
+    return {
+        "window": {"window": (20, 3)},
+        "mask": {"mask": randn(2, 1, 83, 97, seed=1) < 0.7},
+        "bias": {"bias": randn(1, 2, 83, 97, seed=2, dtype=torch.bfloat16)},
+        "lengths": lengths,
+        "alibi": {"alibi_slopes": torch.tensor([0.5, 0.1])},
+        "sink": {"sink": torch.tensor([0.3, -1.0])},
+        "softcap": {"softcap": 20.0},
+        "dropout": {"dropout_p": 0.2},
+        "batch_invariant": {"batch_invariant": True},
+    }
+
+
+def _trained(
+    shape: tuple[int, ...], dtype: str = "bf16", *, device: str, **options: Any
+) -> tuple[Tensor, ...]:
+    """Of attention with shape (batch, heads, KV heads, queries, keys, head_dim)."""
+    batch, heads, heads_kv, queries, keys, head_dim = shape
+    drawn = {
+        "query": randn(batch, heads, queries, head_dim, seed=1, dtype=DTYPES[dtype]),
+        "key": randn(batch, heads_kv, keys, head_dim, seed=2, dtype=DTYPES[dtype]),
+        "value": randn(batch, heads_kv, keys, head_dim, seed=3, dtype=DTYPES[dtype]),
+    }
+    return _results(attention, drawn | options, device)
+
+
+def _packed(*, device: str) -> tuple[Tensor, ...]:
+    names = ("query", "key", "value")
+    drawn = {n: randn(141, 2, 64, seed=i, dtype=torch.bfloat16) for i, n in enumerate(names)}
+    starts = torch.tensor([0, 40, 41, 141], dtype=torch.int32)
+    lengths = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 100}
+    return _results(attention_varlen, drawn | lengths | {"max_seqlen_k": 100}, device)
+
+
+def _results(
+    function: Callable[..., Any], arguments: dict[str, Any], device: str
+) -> tuple[Tensor, ...]:
+    """Output, log-sum-exp and all gradients."""
+    placed = _placed(arguments, device)
+    leaves = [placed[name].requires_grad_() for name in DIFFERENTIABLE if name in placed]
+    out, lse = function(**placed, return_lse=True)
+    douts = [x.to(device) for x in cotangents(out.detach().cpu(), lse.detach().cpu(), seed=4)]
+    return out, lse, *torch.autograd.grad((out, lse), leaves, douts)
+
+
+def _decoded(
+    queries: int,
+    *,
+    device: str,
+    page_rows: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    causal: bool = False,
+) -> tuple[Tensor, ...]:
+    """Of two requests over a cache, contiguous or in pages, of 700 rows."""
+    pages = -(-700 // page_rows) if page_rows else 1
+    shape = (2 * pages, 2, page_rows or 700, 128)
+    arguments: dict[str, Any] = {
+        "query": randn(2, 8, queries, 128, seed=1, dtype=torch.bfloat16),
+        "k_cache": randn(*shape, seed=2, dtype=torch.bfloat16),
+        "v_cache": randn(*shape, seed=3, dtype=torch.bfloat16),
+        "cache_lengths": torch.tensor([700, 33], dtype=torch.int32),
+    }
+    if page_rows:
+        arguments["block_table"] = torch.randperm(2 * pages).int().reshape(2, pages)
+    if dtype == torch.int8:
+        for name in ("k", "v"):
+            arguments[f"{name}_cache"] = (50 * arguments[f"{name}_cache"]).char()
+            arguments[f"{name}_scale"] = torch.full(shape[:-1], 0.02)
+    with torch.no_grad():
+        return attention_with_cache(**_placed(arguments, device), causal=causal, return_lse=True)
+
+
+def _placed(arguments: dict[str, Any], device: str) -> dict[str, Any]:
+    return {n: x.to(device) if isinstance(x, Tensor) else x for n, x in arguments.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 1 where a call fails. What time does not allow is left out, and counted."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no call later")
+    options = parser.parse_args(argv)
+    end, failures, work = time.monotonic() + options.seconds, 0, list(calls())
+    for i, (name, call) in enumerate(work):
+        if time.monotonic() > end:
+            print(f"{i} of {len(work)} calls in time, {failures} failed")
+            break
+        try:
+            results = [x.detach().cpu() for x in call(device=options.device)]
+            assert not any(x.isnan().any() for x in results), "a result has NaN"
+        except Exception as error:
+            failures += 1
+            print(f"{name}: FAILED: {type(error).__name__}: {error}", flush=True)
+        else:
+            print(f"{name}: ok", flush=True)
+    else:
+        print(f"{len(work)} calls, {failures} failed")
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
