@@ -71,8 +71,10 @@ template <typename T>
 FA_DEVICE uint32_t bits_of(T x) {
   if constexpr (sizeof(T) == 4) {
     return __float_as_uint(x);
-  } else {
+  } else if constexpr (sizeof(T) == 2) {
     return x.bits;
+  } else {
+    return static_cast<uint8_t>(x);
   }
 }
 
@@ -96,7 +98,7 @@ FA_DEVICE Chunk gather_chunk(const C* row, int64_t column_stride, int first, int
     if (first + c >= columns) continue;
     const C x = row[(first + c) * column_stride];
     uint32_t bits;
-    if constexpr (sizeof(C) == 1) {
+    if constexpr (sizeof(C) < sizeof(T)) {
       bits = bits_of_int8<T>(x);
     } else {
       bits = bits_of(x);
@@ -178,8 +180,15 @@ struct KeyRows {
   // Of key j of the sequence.
   FA_DEVICE const C* row(int64_t j) const {
     if (!has_row_table(cache)) return base + j * row_stride;
-    const CacheRun at = cache_run(cache, seq, seq.first_k + j, 1);
-    return base + at.entry * entry_stride + at.row * row_stride;
+    // As cache_run, in 32 bits: a division of 64 is a call that keeps everything else waiting.
+    const uint32_t key = static_cast<uint32_t>(seq.first_k + j);
+    if (cache.page_rows > 0) {
+      const uint32_t page_rows = static_cast<uint32_t>(cache.page_rows), page = key / page_rows;
+      const int64_t entry =
+          index_at(cache.block_table, seq.index * cache.pages_per_sequence + page);
+      return base + entry * entry_stride + (key - page * page_rows) * row_stride;
+    }
+    return base + seq.b0 * entry_stride + key % static_cast<uint32_t>(cache.ring_rows) * row_stride;
   }
 };
 

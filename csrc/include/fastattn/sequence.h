@@ -81,8 +81,11 @@ FA_INLINE int64_t clamp_of(int64_t x, int64_t least, int64_t most) {
 FA_INLINE Sequence sequence_at(const AttentionParams& p, int64_t index) {
   Sequence s = {};
   s.index = index;
-  s.b0 = index / p.batch1;
-  s.b1 = index % p.batch1;
+  s.b0 = index, s.b1 = 0;
+  if (p.batch1 > 1) {
+    s.b0 = index / p.batch1;
+    s.b1 = index - s.b0 * p.batch1;
+  }
   s.rows_q = p.seqlen_q;
   s.rows_k = p.seqlen_k;
   if (p.cu_seqlens_q.data != nullptr) {
