@@ -9,52 +9,9 @@
 // P V.
 #pragma once
 
-#include "mask.cuh"
+#include "forward_tile.cuh"
 
 namespace fastattn::cuda {
-
-// Which part of the problem a block has. It lies in shared memory: the registers are for the tiles.
-struct ForwardPlan {
-  Sequence seq;
-  QueryTile tile;
-  int64_t head_kv;
-  int split;
-  int first_block, last_block;        // tiles of keys that some row sees
-  int first_interior, last_interior;  // of these, those that every row sees the whole of
-
-  FA_DEVICE ForwardPlan(const ForwardParams& params, int queries, int keys) {
-    const AttentionParams& p = params.attention;
-    uint32_t index = blockIdx.x;
-    // The last tiles first: under a causal mask they see the most keys.
-    const int nth = params.tiles - 1 - static_cast<int>(index % params.tiles);
-    index /= params.tiles;
-    split = static_cast<int>(index % params.splits);
-    index /= params.splits;
-    const uint32_t heads = static_cast<uint32_t>(p.heads_q / params.pack);
-    tile = {index % heads * params.pack, static_cast<int64_t>(nth) * queries, params.pack};
-    head_kv = tile.first_head / (p.heads_q / p.heads_kv);
-    seq = sequence_at(p, index / heads);
-    set_blocks(params, queries, keys);
-  }
-
- private:
-  FA_DEVICE void set_blocks(const ForwardParams& params, int queries, int keys) {
-    first_block = last_block = first_interior = last_interior = 0;
-    const int64_t last = min_of(tile.first + queries, seq.len_q * tile.pack);
-    if (tile.first >= last) return;
-    const Range rows = {tile.first / tile.pack, (last - 1) / tile.pack + 1};
-    const Range any = keys_seen_by_any(params.attention, seq, rows);
-    const Range all = keys_seen_by_all(params.attention, seq, rows);
-    if (is_empty(any)) return;
-    const int first = static_cast<int>(any.first / keys);
-    const int end = static_cast<int>(ceil_div(any.last, keys));
-    const int share = (end - first + params.splits - 1) / params.splits;
-    first_block = first + split * share;
-    last_block = min_of(first_block + share, end);
-    first_interior = static_cast<int>(ceil_div(max_of<int64_t>(all.first, 0), keys));
-    last_interior = static_cast<int>(max_of<int64_t>(all.last, 0) / keys);
-  }
-};
 
 // C: what keys and values are stored as, T or int8_t. kTerms: scores need ScoreTerms, or dropout.
 template <typename TypeT, typename TypeC, int kDim, int kNumWarps, int kRowTiles, int kNumKeys,
@@ -190,28 +147,10 @@ class FlashForward {
     return static_cast<int64_t>(block) * kKeys;
   }
 
-  // A weight of 0 stays 0, whatever the scale of a hidden key is.
-  FA_DEVICE void scale_columns(Scores& scores, const float* scales) const {
-    scores.for_each([&](int, int n, int e, float& x) {
-      const float scale = ptx::load_shared(scales + column_of(n, e));
-      x = x == 0 ? 0.0f : x * scale;
-    });
-  }
-
   FA_DEVICE void mask_tile(Scores& scores, int block) const {
     const int64_t j0 = origin_of(block);
-    if constexpr (Config::kTerms) {
-      const ScoreTerms terms(p, seq);
-      scores.for_each([&](int m, int n, int e, float& x) {
-        const int r = warp_row + row_of(m, e);
-        const int64_t i = tile.query(r), j = j0 + column_of(n, e);
-        if (i < seq.len_q && j < seq.len_k) x = terms.score(x, tile.head(r), i, j);
-      });
-    }
-    hide_columns(scores, [&](int row) {
-      const int64_t i = min_of(tile.query(warp_row + row), seq.len_q - 1);
-      return columns_of(visible_keys(p, seq, i), j0, kKeys);
-    });
+    if constexpr (Config::kTerms) add_terms(scores, p, plan, warp_row, j0);
+    hide_keys(scores, p, plan, warp_row, j0);
   }
 
   FA_DEVICE void drop(Scores& weights, int block) const {
@@ -243,40 +182,14 @@ class FlashForward {
         const int r = warp_row + row_of(m, 2 * half);
         const int64_t i = tile.query(r), head = tile.head(r);
         if (i >= seq.rows_q) continue;
-        const float sink = params.splits == 1 ? sink_of(p, head) : -infinity();
-        const RowResult row = finalize_row(state.row_max[m][half], row_sum, sink);
-        store_row(m, half, head, i, row);
-      }
-    }
-  }
-
-  FA_DEVICE void store_row(int m, int half, int64_t head, int64_t i, const RowResult& row) {
-    const bool is_partial = params.splits > 1;
-    const bool stores_lse = ptx::lane_id() % 4 == 0;
-    if (is_partial) {
-      const int64_t at =
-          plan.split * params.partial_rows + partial_row(p, seq.index, seq.first_q, head, i);
-      if (stores_lse) params.partial_lse[at] = row.lse;
-      store_columns(params.partial_out + at * p.head_dim_v, 1, m, half, row);
-      return;
-    }
-    const int64_t place =
-        offset_of(p.lse.stride, seq.b0, seq.b1, head) + (seq.first_q + i) * p.lse.stride[3];
-    if (stores_lse) static_cast<float*>(p.lse.data)[place] = row.lse;
-    store_columns(static_cast<T*>(p.out.data) + offset_of(p.out.stride, seq.b0, seq.b1, head) +
-                      (seq.first_q + i) * p.out.stride[3],
-                  p.out.stride[4], m, half, row);
-  }
-
-  template <typename Out>
-  FA_DEVICE void store_columns(Out* out, int64_t stride, int m, int half, const RowResult& row) {
+        const RowResult row = result_of_row(params, seq, head, i, state.row_max[m][half], row_sum);
+        store_row<T>(params, plan, head, i, row, ptx::lane_id() % 4 == 0, [&](const auto& store) {
 #pragma unroll
-    for (int n = 0; n < Output::kN; ++n) {
-      const float* pair = &acc_o.x[m][n][2 * half];
-      // What a row without keys has gathered is not looked at.
-      const float low = row.output_scale == 0 ? 0.0f : pair[0] * row.output_scale;
-      const float high = row.output_scale == 0 ? 0.0f : pair[1] * row.output_scale;
-      store_pair(out, stride, params.has_paired_out, column_of(n, 0), p.head_dim_v, low, high);
+          for (int n = 0; n < Output::kN; ++n) {
+            store(column_of(n, 0), acc_o.x[m][n][2 * half], acc_o.x[m][n][2 * half + 1]);
+          }
+        });
+      }
     }
   }
 

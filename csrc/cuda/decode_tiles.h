@@ -1,0 +1,96 @@
+// The tile of the decode kernel, and how many parts the keys are cut into. Pure functions of the
+// host, and constants of the kernels. The arithmetic behind them: README.md, "Decode".
+#pragma once
+
+#include "fastattn/types.h"
+
+namespace fastattn::cuda {
+
+// Rows of a block: what one product of the matrix units has.
+constexpr int kDecodeRows = 16;
+constexpr int kMaxSplits = 256;
+
+// Warps of a block, and for each of them the keys of a tile and the tiles in its ring, each of K
+// and V.
+struct DecodeTile {
+  int warps, keys, stages;
+
+  // Keys that the warps of a block take in turn.
+  constexpr int round_keys() const {
+    return warps * keys;
+  }
+
+  // Of a block: queries, rings, of int8 also the tile that is widened and its scales, and at most
+  // 512 bytes for its plan.
+  constexpr int shared_bytes(int element_bytes, int stored_bytes, int head_dim) const {
+    const int tile = keys * head_dim, tiles = 2 * stages;
+    int warp = tiles * tile * stored_bytes;
+    if (stored_bytes < element_bytes) warp += tile * element_bytes + tiles * keys * 4 + 128;
+    return 512 + kDecodeRows * head_dim * element_bytes + warps * warp;
+  }
+};
+
+// By the bytes of a row of keys, so that a tile is 4 KB: large enough to be copied by whole
+// instructions of a warp, small enough for many to be under way. Wider rows have fewer warps, and
+// the widest (float32 at head_dim 256) one stage, so that a block fits 99 KB, what the smallest
+// chips have.
+constexpr DecodeTile decode_tile(int element_bytes, int head_dim) {
+  const int row_bytes = element_bytes * head_dim;
+  if (row_bytes <= 128) return {4, 32, 2};
+  if (row_bytes <= 256) return {4, 16, 2};
+  if (row_bytes <= 512) return {2, 16, 2};
+  return {2, 16, 1};
+}
+
+// Blocks that share a multiprocessor; `shared_bytes`: what one block may have at most.
+inline int blocks_per_multiprocessor(int block_bytes, int shared_bytes) {
+  constexpr int kReserved = 1 << 10;  // of each block, and beside what one block may have
+  return max_of((shared_bytes + kReserved) / (block_bytes + kReserved), 1);
+}
+
+// What decode is to do: rows of all heads of a group, and keys of the longest sequence.
+struct DecodeProblem {
+  int64_t rows, heads_kv, sequences, keys;
+};
+
+// What it runs on.
+struct DecodeMachine {
+  int multiprocessors, blocks_per_multiprocessor;
+};
+
+// How long a number of splits takes, in rounds of keys of a full machine. A part costs its rounds
+// and kPartCost for its start and its result; what is merged afterwards costs kMergeCost. Blocks
+// come in waves. In the last one, half as many as fit already take all of the bandwidth that there
+// is, so they are faster, but not more than twice.
+inline double decode_cost(const DecodeProblem& problem, const DecodeMachine& machine,
+                          int64_t rounds, int64_t splits) {
+  constexpr double kPartCost = 2, kMergeCost = 1;
+  const int64_t tiles = ceil_div(problem.rows, kDecodeRows);
+  const int64_t blocks = tiles * problem.heads_kv * problem.sequences * splits;
+  const int64_t most = int64_t{machine.multiprocessors} * machine.blocks_per_multiprocessor;
+  const double least = machine.blocks_per_multiprocessor > 1 ? 0.5 : 1.0;
+  const double rest = static_cast<double>(blocks % most) / static_cast<double>(most);
+  const double last_wave = rest == 0 ? 0.0 : max_of(rest, least);
+  const double waves = static_cast<double>(blocks / most) + last_wave;
+  const double part = static_cast<double>(ceil_div(rounds, splits)) + kPartCost;
+  return waves * part + (splits > 1 ? kMergeCost : 0.0);
+}
+
+// The number of splits that takes the least time, and of those the smallest.
+inline int decode_splits(const DecodeProblem& problem, const DecodeMachine& machine,
+                         const DecodeTile& tile) {
+  const int64_t rounds = ceil_div(problem.keys, tile.round_keys());
+  const int64_t most = min_of<int64_t>(rounds, kMaxSplits);
+  int best = 1;
+  double least = decode_cost(problem, machine, rounds, 1);
+  for (int splits = 2; splits <= most; ++splits) {
+    const double cost = decode_cost(problem, machine, rounds, splits);
+    if (cost < least) {
+      least = cost;
+      best = splits;
+    }
+  }
+  return best;
+}
+
+}  // namespace fastattn::cuda
