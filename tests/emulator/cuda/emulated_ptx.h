@@ -44,7 +44,7 @@ inline T load_shared(const T* pointer, Where where = Where::current()) {
 
 template <typename T>
 inline T load_shared(uint32_t address, Where where = Where::current()) {
-  const void* pointer = static_cast<unsigned char*>(emulator::shared.data()) + address;
+  const void* pointer = emulator::shared.pointer_to(address);
   return load_shared(static_cast<const T*>(pointer), where);
 }
 
