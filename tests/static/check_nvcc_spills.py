@@ -68,12 +68,6 @@ class Unit:
     seconds: float  # of the processor
     bytes: int  # of the largest process
 
-    @staticmethod
-    def load(path: Path) -> Unit:
-        fields = json.loads(path.read_text())
-        kernels = [Kernel(**kernel) for kernel in fields.pop("kernels")]
-        return Unit(**fields, kernels=kernels)
-
 
 def files_of(source: Path) -> list[Path]:
     """The source and every file of ours that it includes, directly or not."""
@@ -96,7 +90,6 @@ def compiler_version(nvcc: str) -> str:
 
 def cache_path(nvcc: str, source: Path, arch: str) -> Path:
     key = hashlib.sha256("\0".join((compiler_version(nvcc), arch, *FLAGS)).encode())
-    key.update(Path(__file__).read_bytes())
     for path in files_of(source):
         key.update(path.read_bytes())
     return CACHE / f"{source.stem}-{arch}-{key.hexdigest()[:16]}.json"
@@ -105,8 +98,19 @@ def cache_path(nvcc: str, source: Path, arch: str) -> Path:
 def compile_unit(nvcc: str, source: Path, arch: str) -> Unit:
     """From the cache, or by nvcc."""
     cached = cache_path(nvcc, source, arch)
-    if cached.exists():
-        return Unit.load(cached)
+    if not cached.exists():
+        compiled = run_nvcc(nvcc, source, arch)
+        CACHE.mkdir(parents=True, exist_ok=True)
+        for older in CACHE.glob(f"{source.stem}-{arch}-*.json"):
+            older.unlink(missing_ok=True)
+        cached.write_text(json.dumps(compiled))
+    known = json.loads(cached.read_text())
+    kernels = kernels_of(known["said"])
+    return Unit(source.name, arch, kernels, known["seconds"], known["bytes"])
+
+
+def run_nvcc(nvcc: str, source: Path, arch: str) -> dict[str, str | float]:
+    """What the compiler says and takes."""
     with tempfile.TemporaryDirectory() as folder, open(f"{folder}/log", "w+") as log:
         command = [nvcc, *FLAGS, f"-arch=sm_{arch}", "-o", f"{folder}/out", str(source)]
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -118,12 +122,7 @@ def compile_unit(nvcc: str, source: Path, arch: str) -> Unit:
     if process.returncode:
         raise SystemExit(f"{NAME}: {source.name} does not compile for sm_{arch}:\n{said}")
     seconds = usage.ru_utime + usage.ru_stime
-    unit = Unit(source.name, arch, kernels_of(said), round(seconds, 1), 1024 * usage.ru_maxrss)
-    CACHE.mkdir(parents=True, exist_ok=True)
-    for older in CACHE.glob(f"{source.stem}-{arch}-*.json"):
-        older.unlink(missing_ok=True)
-    cached.write_text(json.dumps(dataclasses.asdict(unit)))
-    return unit
+    return {"said": said, "seconds": seconds, "bytes": 1024 * usage.ru_maxrss}
 
 
 def kernels_of(said: str) -> list[Kernel]:
@@ -228,8 +227,11 @@ def main() -> None:
         for arch in ARCHS
         if arch == "90a" or not source.stem.endswith("_sm90")
     ]
-    with ThreadPoolExecutor(jobs()) as pool:
+    pool = ThreadPoolExecutor(jobs())
+    try:
         units = list(pool.map(lambda arguments: compile_unit(*arguments), work))
+    finally:
+        pool.shutdown(cancel_futures=True)  # not to compile the rest where one unit failed
     if "--table" in sys.argv[1:]:
         print_table(units)
     kernels = sum(len(unit.kernels) for unit in units)
