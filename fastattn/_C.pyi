@@ -39,7 +39,8 @@ def cpu_peak(what: str, rounds: int) -> float:
     """
 
 def cuda_probe(device: int = 0) -> tuple[int, bool]:
-    """Run a one-warp kernel on a device and check what it wrote. Only where built_with_cuda.
+    """Run a one-warp kernel on a device and check what it wrote. Only where built_with_cuda, or
+    emulated.
 
     Returns the architecture that the code which ran was compiled for (800, 900, ...), and whether
     it ran in torch's current stream (no: torch is a CPU build). Raises RuntimeError when it fails.

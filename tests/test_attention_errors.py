@@ -149,6 +149,8 @@ CASES = [
     (fa.attention, dense, {"key_offset": "0"}, TypeError, "key_offset"),
     (fa.attention, dense, {"key_offset": 2**70}, (TypeError, ValueError), "key_offset"),
     (fa.attention, dense, {"layout": "sbhd"}, ValueError, "layout"),
+    (fa.attention, dense, {"deterministic": "yes"}, TypeError, "deterministic"),
+    (fa.attention_varlen, packed, {"deterministic": 1}, TypeError, "deterministic"),
     (fa.attention, dense, {"layout": "bshd"}, ValueError, "key|value"),
     (fa.attention, dense, {"attn_mask": None}, TypeError, "attn_mask"),
     (fa.attention_varlen, packed, {"query": zeros(1, 5, 6, 8)}, ValueError, "query"),

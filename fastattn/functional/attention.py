@@ -75,8 +75,8 @@ def attention(
     NaN included, reaches neither results nor gradients.
 
     Args:
-        query: (\*batch, heads, queries, head_dim), any strides; float32, bfloat16, float16 or
-            float64 (which runs on the scalar kernels). head_dim is 1 to 512.
+        query: (\*batch, heads, queries, head_dim), any strides; float32, bfloat16, float16 or, on
+            the CPU, float64 (which runs on the scalar kernels). head_dim is 1 to 512, on CUDA 256.
         key: (\*batch, kv_heads, keys, head_dim), the dtype of query. kv_heads divides heads; query
             head h attends to key head h // (heads // kv_heads), and none is ever expanded.
         value: (\*batch, kv_heads, keys, value_head_dim), the dtype of query.
@@ -111,7 +111,8 @@ def attention(
             Both name the argument.
 
     Under autocast, query, key and value are cast as SDPA casts them. A second derivative or a
-    forward-mode one raises.
+    forward-mode one raises. On CUDA nothing waits for the GPU, and so the lengths and bounds that
+    lie there are not checked: what is out of range is brought into it.
 
     Source: Dao et al., FlashAttention (2022) and FlashAttention-2 (2023).
 
@@ -247,7 +248,8 @@ def attention_varlen(
         cu_seqlens_q, cu_seqlens_k: (sequences + 1), int32 or int64, from 0 and never decreasing.
             Rows from the last value on belong to no sequence: they are 0 in out, -inf in lse, and 0
             in the gradients. See cu_seqlens_from_lengths and its neighbours.
-        max_seqlen_q, max_seqlen_k: at least the longest sequence; optional on the CPU.
+        max_seqlen_q, max_seqlen_k: at least the longest sequence. Optional: on the CPU it is found,
+            and on CUDA the number of rows stands for it, at the cost of idle thread blocks.
         mask, bias: broadcast to (sequences, heads, max_seqlen_q, max_seqlen_k), or to more.
         query_lengths, key_lengths: (sequences), where a sequence is padded inside its rows.
         alibi_slopes: (heads) or (sequences, heads).

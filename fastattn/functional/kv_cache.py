@@ -159,7 +159,7 @@ def attention_with_cache(
     Then :func:`attention` of the queries over keys [key_starts_b, total_b), with its causal, window
     and all else. Any n_b: decoding, chunks of a prompt, several tokens to verify, and all of these
     in one batch. Lengths and positions are tensors, and nothing depends on their values in Python.
-    For inference: there is no gradient.
+    For inference: there is no gradient. On CUDA there are no key, value and rope in this version.
 
     Args:
         query: (batch, heads, queries, head_dim); or packed, (rows, heads, head_dim), beside

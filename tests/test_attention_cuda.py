@@ -1,0 +1,127 @@
+"""What attention on CUDA has of its own: where it runs, what it refuses, and that nothing waits.
+
+On an emulated GPU as far as that goes (FASTATTN_CUDA=emulate).
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import fastattn
+import fastattn.functional as fa
+from fastattn import _C
+from fastattn._ops.errors import user_error
+from fastattn.support import cuda_level
+from fastattn.testing import attention_inputs, attention_results, randn, running_on
+
+gpu = pytest.mark.skipif(cuda_level() != "cuda", reason="no GPU, or a build without CUDA")
+emulated = pytest.mark.skipif(not _C.emulates_cuda, reason="a build without an emulated GPU")
+
+
+@pytest.fixture
+def cuda():
+    level = cuda_level()
+    if level is None:
+        pytest.skip("no GPU, nor an emulated one")
+    with running_on(level):
+        yield level
+
+
+@emulated
+def test_an_emulated_kernel_runs_at_its_level_alone(level):
+    before = _C.emulator_launches()
+    attention_results(fa.attention, attention_inputs(queries=5), {})
+    assert (_C.emulator_launches() > before) == (level == "sm80")
+
+
+def test_what_has_no_kernel_is_refused(cuda):
+    wide, long = attention_inputs(queries=3, head_dim=257), attention_inputs(queries=3)
+    long["value"] = randn(2, 2, 3, 300, seed=1)
+    for inputs, name in ((wide, "query"), (long, "value")):
+        with pytest.raises(ValueError, match=rf"^{name}: expected a head_dim of 1 to 256 on CUDA"):
+            fa.attention(**inputs)
+    double = attention_inputs(queries=3, dtype=torch.float64)
+    expected = r"^query: expected dtype float32, bfloat16 or float16 on CUDA, got dtype .*float64"
+    with pytest.raises(TypeError, match=expected):
+        fa.attention(**double)
+
+
+def test_explain_names_the_kernel_and_why_not_the_others(cuda):
+    explanation = fastattn.explain(**attention_inputs(queries=300))
+    backend = "emulated" if cuda == "sm80" else "cuda"
+    assert explanation.kernel.startswith(f"{backend}/sm80/")
+    schedule = explanation.kernel.split("/")[-1]
+    assert {"cpu", "sm90", "tile", "split tile", "decode"} - {schedule} == set(explanation.rejected)
+
+
+@pytest.mark.parametrize("length", [40, 150])
+def test_deterministic_gradients_do_not_depend_on_the_order_of_threads(cuda, length):
+    inputs = attention_inputs(queries=length, keys=130, heads=4, kv_heads=2)
+    inputs |= {"bias": randn(1, 4, 1, 130, seed=5), "sink": randn(4, seed=6)}
+    runs = []
+    for seed in (1, 2, 3):
+        if cuda == "sm80":
+            _C.set_emulator_seed(seed)
+        options = {"causal": True, "deterministic": True}
+        runs.append(attention_results(fa.attention, inputs, options))
+    assert all(torch.equal(x, run[name]) for run in runs for name, x in runs[0].items())
+
+
+def test_shapes_of_cuda_tensors_are_known_without_a_gpu():
+    with FakeTensorMode():
+        shape = {"dtype": torch.bfloat16, "device": "cuda"}
+        query, key = torch.empty(2, 4, 5, 16, **shape), torch.empty(2, 2, 7, 16, **shape)
+        out, lse = fa.attention(query, key, key, causal=True, dropout_p=0.5, return_lse=True)
+    assert out.shape == query.shape and out.device == query.device
+    assert lse.shape == (2, 4, 5) and lse.dtype == torch.float32
+
+
+def test_an_op_without_a_cuda_kernel_says_so():
+    with FakeTensorMode():
+        query = torch.empty(2, 4, 5, 16, device="cuda")
+    said = "Could not run 'fastattn::attention_weights' with arguments from the 'CUDA' backend."
+    error = user_error(NotImplementedError(said), {"query": query})
+    assert isinstance(error, ValueError)
+    why = "attention_weights has no CUDA kernel" if _C.built_with_cuda else "FASTATTN_CUDA=1"
+    assert str(error).startswith("query: expected a tensor on cpu") and why in str(error)
+
+
+@gpu
+def test_a_cache_is_read_and_not_yet_written(cuda):
+    query, key, value = attention_inputs(queries=2, keys=9).values()
+    lengths = torch.tensor([9, 4])
+    want = fa.attention(query, key, value, key_lengths=lengths)
+    got = fa.attention_with_cache(query, key, value, cache_lengths=lengths)
+    torch.testing.assert_close(got, want)
+    rows = {"key": key[:, :, :2], "value": value[:, :, :2]}
+    with pytest.raises(ValueError, match=r"^key: expected None on CUDA, where kv_cache_update"):
+        fa.attention_with_cache(query, key, value, cache_lengths=0, **rows)
+    rope = (torch.ones(9, 8), torch.zeros(9, 8))
+    with pytest.raises(ValueError, match=r"^rope: expected None on CUDA, where apply_rope"):
+        fa.attention_with_cache(query, key, value, cache_lengths=lengths, rope=rope)
+
+
+@gpu
+def test_a_graph_captures_both_passes_and_repeats_them(cuda):
+    """So none of them waits for the GPU, reads from it or allocates behind torch's back."""
+    leaves = [x.requires_grad_() for x in attention_inputs(queries=70, heads=4).values()]
+    bounds = torch.tensor([0, 30, 65])
+    dout = randn(2, 4, 70, 16, seed=9)
+
+    def step():
+        out = fa.attention(*leaves, causal=True, key_lengths=torch.full((2,), 50), dropout_p=0.1)
+        packed = fa.attention_varlen(*(x[0].transpose(0, 1) for x in leaves), bounds, bounds)
+        return out, packed, *torch.autograd.grad(out, leaves, dout)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    graph.replay()
+    again = fa.attention_varlen(*(x[0].transpose(0, 1) for x in leaves), bounds, bounds)
+    torch.testing.assert_close(results[1], again)
+    assert all(x.isfinite().all() for x in results)
