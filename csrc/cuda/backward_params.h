@@ -1,0 +1,49 @@
+// What the kernels of the backward pass are told besides the problem: the host's choices.
+#pragma once
+
+#include "forward_params.h"
+
+namespace fastattn::cuda {
+
+// What the backward pass needs to know of a query row. A row that saw nothing, or takes no part,
+// has lse2 = infinity: its weights exp2(s - lse2) are all 0.
+struct RowStats {
+  float lse2;   // log2 of the sum of the weights
+  float delta;  // sum_d dout * out - dlse
+};
+
+struct BackwardParams {
+  AttentionGradParams gradient;
+  ColumnLayout query, key, value, out, dout;
+  bool has_paired_dquery, has_paired_dkey, has_paired_dvalue;  // see ForwardParams
+  int32_t tiles;  // of the rows or keys that the blocks of this kernel own, per head
+  // (heads_q, padded_rows), overwritten by flash_bwd_prepare: see padded_row().
+  RowStats* stats;
+  int64_t padded_rows;
+};
+
+// The rows of every sequence begin at a multiple of this, so that 16 bytes of RowStats, or of a
+// gradient's row, begin at a multiple of 16.
+constexpr int64_t kRowAlignment = 4;
+// So many rows behind the last one may be read, by tiles that reach beyond their sequence; what
+// they hold means nothing.
+constexpr int64_t kRowSlack = 128;
+
+// Where row 0 of a sequence lies within the padded rows of a head, and how many rows that makes.
+// Packed sequences need no table of their own: each is moved to the right by less than its index
+// times kRowAlignment.
+FA_INLINE int64_t padded_row(const AttentionParams& p, int64_t index, int64_t first_q) {
+  if (p.cu_seqlens_q.data == nullptr) return index * round_up(p.seqlen_q, kRowAlignment);
+  return (first_q / kRowAlignment + index) * kRowAlignment;
+}
+FA_INLINE int64_t padded_rows(const AttentionParams& p) {
+  return padded_row(p, p.batch0 * p.batch1, p.total_q);
+}
+
+// Row i of a sequence in query, out, lse, or a gradient of theirs.
+template <typename View>
+FA_INLINE int64_t row_offset(const View& tensor, const Sequence& seq, int64_t head, int64_t i) {
+  return offset_of(tensor.stride, seq.b0, seq.b1, head) + (seq.first_q + i) * tensor.stride[3];
+}
+
+}  // namespace fastattn::cuda

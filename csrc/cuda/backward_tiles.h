@@ -1,0 +1,69 @@
+// Which tile each kernel of the backward pass takes: per dtype and head_dim, with the reason beside
+// it (see tiles.h).
+#pragma once
+
+namespace fastattn::cuda {
+
+// Of the gradients of keys and values: warps, 16-key tiles of a warp, queries of a step, steps in
+// shared memory at a time.
+struct DkDvTile {
+  int warps, row_tiles, queries, stages;
+
+  constexpr int keys() const {
+    return 16 * warps * row_tiles;
+  }
+};
+
+// Whether both gradients fit the registers of one kernel. At head_dim 256 one of them takes 128.
+constexpr bool dkdv_in_one_pass(int head_dim) {
+  return head_dim <= 128;
+}
+
+constexpr DkDvTile dkdv_tile(bool is_float32, int head_dim, bool has_terms) {
+  if (is_float32) {
+    if (head_dim <= 64) return {4, 1, 32, 1};
+    if (head_dim <= 128) return {4, 1, 16, 1};
+    return {2, 1, 16, 1};
+  }
+  if (head_dim > 128) return {4, 1, 32, 1};
+  if (head_dim > 64) return {4, 1, has_terms ? 32 : 64, 2};
+  return has_terms ? DkDvTile{4, 1, 64, 2} : DkDvTile{4, 2, 32, 2};
+}
+
+// Of the gradients of queries: warps, 16-query tiles of a warp, keys of a step, steps in shared
+// memory at a time.
+struct DqTile {
+  int warps, row_tiles, keys, stages;
+
+  constexpr int queries() const {
+    return 16 * warps * row_tiles;
+  }
+};
+
+constexpr DqTile dq_tile(bool is_float32, int head_dim, bool has_terms) {
+  if (is_float32) {
+    if (head_dim <= 64) return {4, 1, 32, 1};
+    if (head_dim <= 128) return {4, 1, 16, 1};
+    return {2, 1, 16, 1};
+  }
+  if (head_dim > 128) return {4, 1, 32, 1};
+  if (has_terms) return {4, 1, head_dim > 96 ? 32 : 64, 2};
+  return {4, 2, head_dim > 64 ? 32 : 64, 2};
+}
+
+// Of the gradient of the bias: warps (16 queries each) and keys.
+struct DbiasTile {
+  int warps, keys;
+
+  constexpr int queries() const {
+    return 16 * warps;
+  }
+};
+
+constexpr DbiasTile dbias_tile(bool is_float32, int head_dim) {
+  if (!is_float32) return {4, head_dim > 128 ? 32 : 64};
+  if (head_dim <= 64) return {4, 64};
+  return head_dim <= 128 ? DbiasTile{4, 32} : DbiasTile{2, 16};
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,78 @@
+// Launches the backward kernels of a dtype and head_dim: the variants for the scores.
+#pragma once
+
+#include "backward_kernels.h"
+#include "device.cuh"
+#include "flash_bwd_dbias_sm80.cuh"
+#include "flash_bwd_dkdv_sm80.cuh"
+#include "flash_bwd_dq_sm80.cuh"
+
+namespace fastattn::cuda {
+
+template <typename Config>
+cudaError_t launch_backward(void (*kernel)(BackwardParams), const BackwardParams& params,
+                            int64_t blocks, cudaStream_t stream) {
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  return launch(
+      kernel,
+      {static_cast<unsigned>(blocks), Config::kThreads, sizeof(typename Config::Shared), stream},
+      params);
+}
+
+template <typename T, int kHeadDim, bool kTerms, bool kDk, bool kDv>
+cudaError_t launch_dkdv_variant(BackwardParams params, cudaStream_t stream) {
+  using Config =
+      DkDvConfig<T, kHeadDim, dkdv_tile(sizeof(T) == 4, kHeadDim, kTerms), kTerms, kDk, kDv>;
+  const AttentionParams& p = params.gradient.forward;
+  params.tiles = static_cast<int32_t>(ceil_div(p.seqlen_k, Config::kKeys));
+  return launch_backward<Config>(flash_bwd_dkdv_sm80<Config>, params,
+                                 p.batch0 * p.batch1 * p.heads_kv * params.tiles, stream);
+}
+
+template <typename T, int kHeadDim, bool kTerms>
+cudaError_t launch_dkdv(const BackwardParams& params, cudaStream_t stream) {
+  if constexpr (dkdv_in_one_pass(kHeadDim)) {
+    return launch_dkdv_variant<T, kHeadDim, kTerms, true, true>(params, stream);
+  } else {
+    const cudaError_t error = launch_dkdv_variant<T, kHeadDim, kTerms, true, false>(params, stream);
+    if (error != cudaSuccess) return error;
+    return launch_dkdv_variant<T, kHeadDim, kTerms, false, true>(params, stream);
+  }
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_flash_bwd_dkdv_sm80(BackwardParams params, cudaStream_t stream) {
+  return has_terms(params.gradient.forward) ? launch_dkdv<T, kHeadDim, true>(params, stream)
+                                            : launch_dkdv<T, kHeadDim, false>(params, stream);
+}
+
+template <typename T, int kHeadDim, bool kTerms>
+cudaError_t launch_dq_variant(BackwardParams params, cudaStream_t stream) {
+  using Config = DqConfig<T, kHeadDim, dq_tile(sizeof(T) == 4, kHeadDim, kTerms), kTerms>;
+  const AttentionParams& p = params.gradient.forward;
+  params.tiles = static_cast<int32_t>(ceil_div(p.seqlen_q, Config::kQueries));
+  return launch_backward<Config>(flash_bwd_dq_sm80<Config>, params,
+                                 p.batch0 * p.batch1 * p.heads_q * params.tiles, stream);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_flash_bwd_dq_sm80(BackwardParams params, cudaStream_t stream) {
+  return has_terms(params.gradient.forward) ? launch_dq_variant<T, kHeadDim, true>(params, stream)
+                                            : launch_dq_variant<T, kHeadDim, false>(params, stream);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_flash_bwd_dbias_sm80(BackwardParams params, cudaStream_t stream) {
+  using Config = DbiasConfig<T, kHeadDim, dbias_tile(sizeof(T) == 4, kHeadDim)>;
+  const AttentionParams& p = params.gradient.forward;
+  const int64_t extents[5] = {p.batch0, p.batch1, p.heads_q, ceil_div(p.seqlen_q, Config::kQueries),
+                              ceil_div(p.seqlen_k, Config::kKeys)};
+  int64_t blocks = 1;
+  for (int dim = 0; dim < 5; ++dim) {
+    if (params.gradient.dbias.stride[dim] != 0) blocks *= extents[dim];
+  }
+  return launch_backward<Config>(flash_bwd_dbias_sm80<Config>, params, blocks, stream);
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,9 @@
+#include "../flash_bwd_launch.cuh"
+
+namespace fastattn::cuda {
+
+template cudaError_t launch_flash_bwd_dkdv_sm80<bf16, 128>(BackwardParams, cudaStream_t);
+template cudaError_t launch_flash_bwd_dq_sm80<bf16, 128>(BackwardParams, cudaStream_t);
+template cudaError_t launch_flash_bwd_dbias_sm80<bf16, 128>(BackwardParams, cudaStream_t);
+
+}  // namespace fastattn::cuda
