@@ -1,9 +1,12 @@
 // The forward pass on the host: which schedule runs, in which tiles, over which workspace.
+#include "decode_kernels.h"
+#include "decode_tiles.h"
 #include "device.cuh"
 #include "fastattn/cuda_api.h"
 #include "kernels.h"
 #include "layouts.h"
 #include "tiles.h"
+#include "unused_rows.h"
 
 namespace fastattn::cuda {
 namespace {
@@ -24,11 +27,34 @@ int64_t shared_rows(const AttentionParams& p) {
   return p.heads_q / p.heads_kv * p.seqlen_q;
 }
 
-Choice choose(const AttentionParams& p, const DeviceLimits& /*limits*/) {
+// Of a decode step: more rows than this, and the tiles of the other kernel are full enough.
+constexpr int64_t kMostDecodeRows = 2 * kDecodeRows;
+
+Choice choose_decode(const AttentionParams& p, const DeviceLimits& limits) {
+  const int element = static_cast<int>(dtype_size(p.dtype)), head_dim = head_dim_of(p);
+  const int stored = is_int8(p.cache) ? 1 : element;
+  const DecodeTile tile = decode_tile(element, head_dim);
+  const int blocks =
+      blocks_per_multiprocessor(tile.shared_bytes(element, stored, head_dim), limits.shared_bytes);
+  const int splits = decode_splits({shared_rows(p), p.heads_kv, sequences_of(p), p.seqlen_k},
+                                   {limits.multiprocessors, blocks}, tile);
+  return {Schedule::kDecode, static_cast<int>(p.heads_q / p.heads_kv), splits};
+}
+
+Choice choose(const AttentionParams& p, const DeviceLimits& limits) {
+  const bool may_split = !p.batch_invariant;
+  if (may_split && p.dropout_p == 0 && shared_rows(p) <= kMostDecodeRows) {
+    return choose_decode(p, limits);
+  }
   const ForwardTile tile = forward_tile(p.dtype == DType::kFloat32, head_dim_of(p), has_terms(p));
   // Heads of a group share a tile that one of them would not fill.
   const bool packs = p.seqlen_q < tile.queries() && shared_rows(p) <= INT32_MAX;
-  return {Schedule::kTile, packs ? static_cast<int>(p.heads_q / p.heads_kv) : 1, 1};
+  const int pack = packs ? static_cast<int>(p.heads_q / p.heads_kv) : 1;
+  const int64_t blocks =
+      ceil_div(p.seqlen_q * pack, tile.queries()) * (p.heads_q / pack) * sequences_of(p);
+  const int splits =
+      may_split ? forward_splits(blocks, p.seqlen_k / tile.keys, limits.multiprocessors) : 1;
+  return {splits > 1 ? Schedule::kSplitTile : Schedule::kTile, pack, splits};
 }
 
 int64_t partial_rows(const AttentionParams& p) {
@@ -47,6 +73,7 @@ ForwardParams forward_params(const AttentionParams& p, const Choice& choice, voi
   params.query = query_layout(p, p.query, p.head_dim);
   params.key = key_layout(p, p.key, p.head_dim);
   params.value = key_layout(p, p.value, p.head_dim_v);
+  params.out = query_layout(p, p.out, p.head_dim_v);
   params.pack = choice.pack;
   params.splits = choice.splits;
   params.has_paired_out =
@@ -57,22 +84,50 @@ ForwardParams forward_params(const AttentionParams& p, const Choice& choice, voi
   return params;
 }
 
+template <typename T, int kHeadDim>
+cudaError_t run_schedule(const ForwardParams& params, Schedule schedule, cudaStream_t stream) {
+  return schedule == Schedule::kDecode ? launch_flash_decode_sm80<T, kHeadDim>(params, stream)
+                                       : launch_flash_fwd_sm80<T, kHeadDim>(params, stream);
+}
+
 template <typename T>
-cudaError_t run_tiles_of(const ForwardParams& params, cudaStream_t stream) {
+cudaError_t run_head_dim(const ForwardParams& params, Schedule schedule, cudaStream_t stream) {
   switch (head_dim_of(params.attention)) {
-    case 64: return launch_flash_fwd_sm80<T, 64>(params, stream);
-    case 96: return launch_flash_fwd_sm80<T, 96>(params, stream);
-    case 128: return launch_flash_fwd_sm80<T, 128>(params, stream);
-    default: return launch_flash_fwd_sm80<T, 256>(params, stream);
+    case 64: return run_schedule<T, 64>(params, schedule, stream);
+    case 96: return run_schedule<T, 96>(params, schedule, stream);
+    case 128: return run_schedule<T, 128>(params, schedule, stream);
+    default: return run_schedule<T, 256>(params, schedule, stream);
   }
 }
 
-cudaError_t run_tiles(const ForwardParams& params, cudaStream_t stream) {
+template <typename T>
+cudaError_t run(const ForwardParams& params, Schedule schedule, cudaStream_t stream) {
+  const cudaError_t error = run_head_dim<T>(params, schedule, stream);
+  if (error != cudaSuccess || params.splits == 1) return error;
+  return launch_flash_combine<T>(params, stream);
+}
+
+cudaError_t run_dtype(const ForwardParams& params, Schedule schedule, cudaStream_t stream) {
   switch (params.attention.dtype) {
-    case DType::kBFloat16: return run_tiles_of<bf16>(params, stream);
-    case DType::kFloat16: return run_tiles_of<f16>(params, stream);
-    default: return run_tiles_of<float>(params, stream);
+    case DType::kBFloat16: return run<bf16>(params, schedule, stream);
+    case DType::kFloat16: return run<f16>(params, schedule, stream);
+    default: return run<float>(params, schedule, stream);
   }
+}
+
+// Rows of packed queries that belong to no sequence: out 0, lse -inf.
+cudaError_t fill_unused(const AttentionParams& p, cudaStream_t stream) {
+  if (p.cu_seqlens_q.data == nullptr) return cudaSuccess;
+  constexpr uint32_t kZero = 0, kMinusInfinity = 0xff800000u;
+  UnusedRows rows = {p.out,          static_cast<int32_t>(dtype_size(p.dtype)),
+                     kZero,          p.heads_q,
+                     p.total_q,      p.head_dim_v,
+                     p.cu_seqlens_q, p.batch0};
+  const cudaError_t error = launch_fill_unused_rows(rows, stream);
+  if (error != cudaSuccess) return error;
+  rows.tensor = p.lse;
+  rows.element_bytes = sizeof(float), rows.bits = kMinusInfinity, rows.columns = 1;
+  return launch_fill_unused_rows(rows, stream);
 }
 
 }  // namespace
@@ -89,8 +144,10 @@ Status attention_forward(const AttentionParams& p, void* workspace, const Place&
   if (error != cudaSuccess) return status_of(error);
   const DeviceGuard guard(place.device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
-  const ForwardParams params = forward_params(p, choose(p, limits), workspace);
-  return status_of(run_tiles(params, static_cast<cudaStream_t>(place.stream)));
+  const Choice choice = choose(p, limits);
+  const auto stream = static_cast<cudaStream_t>(place.stream);
+  error = run_dtype(forward_params(p, choice, workspace), choice.schedule, stream);
+  return status_of(error == cudaSuccess ? fill_unused(p, stream) : error);
 }
 
 const char* attention_schedule(const AttentionParams& p, const Place& place) {

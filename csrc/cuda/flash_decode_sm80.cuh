@@ -107,6 +107,8 @@ struct DecodeConfig {
   static constexpr int kKeys = kTile.keys, kStages = kTile.stages;
   static constexpr int kRoundKeys = kTile.round_keys();
   static constexpr bool kInt8 = sizeof(C) == 1;
+  // On a multiprocessor at least, for the compiler: registers for as many as an H100 has room for.
+  static constexpr int kBlocks = kWarps == 4 ? 3 : 4;
 
   using Tile = SharedTile<T, kKeys, kHeadDim>;
   using Stage = std::conditional_t<kInt8, RawTile<kKeys, kHeadDim>, Tile>;
@@ -175,23 +177,25 @@ class FlashDecode {
   FA_DEVICE void attend() {
     KeyCursor cursor(p, seq, origin_of(plan.first_block) + lane % kKeys);
     load_q_tile();
+    const int last = plan.last_block;
 #pragma unroll 1
     for (int slot = 0; slot < kStages; ++slot) {
+      const bool is_there = plan.first_block + slot < last;
       if (slot > 0) store_scales(slot - 1);
-      load_k_tile(cursor, slot);
-      load_v_tile(cursor, slot);
+      load_k_tile(cursor, slot, is_there);
+      load_v_tile(cursor, slot, is_there);
       cursor.advance(Config::kRoundKeys);
     }
     ptx::cp_async_wait<2 * kStages>();
     ptx::sync_block();  // the queries are there
-    const int last = plan.last_block;
     int slot = 0;
 #pragma unroll 1
     for (int block = plan.first_block; block < last; ++block) {
+      const bool has_next = block + kStages < last;
       if (is_interior(block)) {
-        step<false>(cursor, block, slot);
+        step<false>(cursor, block, slot, has_next);
       } else {
-        step<true>(cursor, block, slot);
+        step<true>(cursor, block, slot, has_next);
       }
       cursor.advance(Config::kRoundKeys);
       slot = slot + 1 < kStages ? slot + 1 : 0;
@@ -203,7 +207,7 @@ class FlashDecode {
   }
 
   template <bool kMasked>
-  FA_DEVICE void step(const KeyCursor& cursor, int block, int slot) {
+  FA_DEVICE void step(const KeyCursor& cursor, int block, int slot, bool has_next) {
     store_scales(slot > 0 ? slot - 1 : kStages - 1);
     ptx::cp_async_wait<kInFlight>();
     Scores scores;
@@ -211,7 +215,7 @@ class FlashDecode {
     multiply_rows(scores, shared.query, 0, arrived(ring.key[slot]), 0);
     if constexpr (Config::kInt8) scale_columns(scores, ring.key_scale[slot]);
     ptx::sync_warp();  // K is used up
-    load_k_tile(cursor, slot);
+    load_k_tile(cursor, slot, has_next);
     if constexpr (kMasked) mask_tile(scores, block);
     ptx::cp_async_wait<kInFlight>();
     // Does V hold what must not reach the rows that do not see it?
@@ -229,7 +233,7 @@ class FlashDecode {
       multiply_columns<false>(acc_o, weights, value);
     }
     ptx::sync_warp();  // V is used up
-    load_v_tile(cursor, slot);
+    load_v_tile(cursor, slot, has_next);
   }
 
   FA_DEVICE float unit() const {
@@ -257,13 +261,20 @@ class FlashDecode {
     ptx::cp_async_commit();
   }
 
-  FA_DEVICE void load_k_tile(const KeyCursor& cursor, int slot) {
-    load_rows(ring.key[slot], cursor, p.key, params.key);
-    if constexpr (Config::kInt8) key_scale = scale_at(cursor, p.cache.key_scale);
+  // A group of copies each, empty after the last tile.
+  FA_DEVICE void load_k_tile(const KeyCursor& cursor, int slot, bool is_there) {
+    if (is_there) {
+      load_rows(ring.key[slot], cursor, p.key, params.key);
+      if constexpr (Config::kInt8) key_scale = scale_at(cursor, p.cache.key_scale);
+    }
+    ptx::cp_async_commit();
   }
-  FA_DEVICE void load_v_tile(const KeyCursor& cursor, int slot) {
-    load_rows(ring.value[slot], cursor, p.value, params.value);
-    if constexpr (Config::kInt8) value_scale = scale_at(cursor, p.cache.value_scale);
+  FA_DEVICE void load_v_tile(const KeyCursor& cursor, int slot, bool is_there) {
+    if (is_there) {
+      load_rows(ring.value[slot], cursor, p.value, params.value);
+      if constexpr (Config::kInt8) value_scale = scale_at(cursor, p.cache.value_scale);
+    }
+    ptx::cp_async_commit();
   }
 
   template <typename Data>
@@ -278,16 +289,15 @@ class FlashDecode {
     const C* base = head_of<C>(tensor);
     const auto own = reinterpret_cast<uint64_t>(cursor.in(base, tensor.stride));
     if (layout.is_chunked) {
-#pragma unroll 8
+#pragma unroll 4
       for (int pass = 0; pass < kPasses; ++pass) {
         const int n = pass * 32 + lane, r = n / Stage::kRowChunks, index = n % Stage::kRowChunks;
         const C* row = reinterpret_cast<const C*>(ptx::shuffle(own, r));
         const int first = index * Stage::kChunkColumns;
-        const int there = clamp_columns(layout.columns - first);
+        const int there = row == nullptr ? 0 : min_of(layout.columns - first, Stage::kChunkColumns);
         // Where nothing is read, the address must still be one.
-        const bool any = row != nullptr && there > 0;
-        ptx::cp_async_16(stage.chunk(r, index), any ? row + first : base,
-                         any ? there * static_cast<int>(sizeof(C)) : 0);
+        ptx::cp_async_16(stage.chunk(r, index), there > 0 ? row + first : base,
+                         max_of(there, 0) * static_cast<int>(sizeof(C)));
       }
     } else {
 #pragma unroll 1
@@ -300,11 +310,6 @@ class FlashDecode {
         ptx::store_shared(reinterpret_cast<Chunk*>(stage.chunk(r, index)), chunk);
       }
     }
-    ptx::cp_async_commit();
-  }
-
-  static FA_DEVICE int clamp_columns(int columns) {
-    return min_of(columns, Stage::kChunkColumns);
   }
 
   FA_DEVICE float scale_at(const KeyCursor& cursor, const ConstTensor& scale) const {
@@ -370,6 +375,10 @@ class FlashDecode {
     ptx::sync_block();
   }
 
+  static FA_DEVICE float2 scaled(const float2& x, float scale) {
+    return scale == 0 ? float2{0.0f, 0.0f} : float2{x.x * scale, x.y * scale};
+  }
+
   // A warp writes whole rows: what each warp has found, relative to the maximum of all.
   FA_DEVICE void store() {
     const typename Config::Results& results = shared.results;
@@ -389,7 +398,8 @@ class FlashDecode {
         row_sum = fmaf(ptx::load_shared(&results.row_sum[w][r]), share[w], row_sum);
       }
       const RowResult row = result_of_row(params, seq, head, i, row_max, row_sum);
-      store_row<T>(params, plan, head, i, row, lane == 0, [&](const auto& store_pair_at) {
+      if (lane == 0) store_lse(params, plan, head, i, row.lse);
+      with_out_row<T>(params, plan, head, i, [&](auto* out, int64_t stride) {
 #pragma unroll
         for (int column = 2 * lane; column < Config::kHeadDim; column += 64) {
           float2 sum = {0.0f, 0.0f};
@@ -400,7 +410,9 @@ class FlashDecode {
             sum.x = fmaf(pair.x, share[w], sum.x);
             sum.y = fmaf(pair.y, share[w], sum.y);
           }
-          store_pair_at(column, sum.x, sum.y);
+          // What a row without keys has gathered is not looked at.
+          const float2 x = scaled(sum, row.output_scale);
+          store_pair(out, stride, params.has_paired_out, column, p.head_dim_v, x.x, x.y);
         }
       });
     }
@@ -417,13 +429,13 @@ class FlashDecode {
   const int thread, warp, lane;
   typename Config::Ring& ring;
   const bool has_terms;
-  float key_scale, value_scale;  // of int8: on their way to the ring
+  float key_scale = 0, value_scale = 0;  // of int8: on their way to the ring
   SoftmaxState<1> state;
   Output acc_o;
 };
 
 template <typename Config>
-FA_KERNEL(Config::kThreads, 1)
+FA_KERNEL(Config::kThreads, Config::kBlocks)
 void flash_decode_sm80(const __grid_constant__ ForwardParams params) {
   FlashDecode<Config>(params, *static_cast<typename Config::Shared*>(ptx::shared_memory())).run();
 }

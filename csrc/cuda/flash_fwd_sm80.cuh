@@ -174,6 +174,16 @@ class FlashForward {
   }
 
   FA_DEVICE void store() {
+    finalize();
+    if (params.splits > 1) {
+      store_part();
+    } else {
+      store_out();
+    }
+  }
+
+  // acc_o becomes the result, rows without keys 0.
+  FA_DEVICE void finalize() {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -181,14 +191,54 @@ class FlashForward {
         const float row_sum = sum_of_row(state.row_sum[m][half]);
         const int r = warp_row + row_of(m, 2 * half);
         const int64_t i = tile.query(r), head = tile.head(r);
-        if (i >= seq.rows_q) continue;
         const RowResult row = result_of_row(params, seq, head, i, state.row_max[m][half], row_sum);
-        store_row<T>(params, plan, head, i, row, ptx::lane_id() % 4 == 0, [&](const auto& store) {
+        const bool stores_lse = ptx::lane_id() % 4 == 0 && i < seq.rows_q;
+        if (stores_lse) store_lse(params, plan, head, i, row.lse);
 #pragma unroll
-          for (int n = 0; n < Output::kN; ++n) {
-            store(column_of(n, 0), acc_o.x[m][n][2 * half], acc_o.x[m][n][2 * half + 1]);
+        for (int n = 0; n < Output::kN; ++n) {
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) {
+            float& x = acc_o.x[m][n][e];
+            x = row.output_scale == 0 ? 0.0f : x * row.output_scale;
           }
-        });
+        }
+      }
+    }
+  }
+
+  // By way of shared memory, where the warp's queries were: whole chunks leave.
+  FA_DEVICE void store_out() {
+    using Tile = decltype(shared.query);
+    constexpr int kChunks = 16 * kM * Tile::kRowChunks;
+    ptx::sync_warp();
+    store_accumulator(acc_o, shared.query, warp_row);
+    ptx::sync_warp();
+#pragma unroll 1
+    for (int n = ptx::lane_id(); n < kChunks; n += ptx::kWarpSize) {
+      const int r = warp_row + n / Tile::kRowChunks, index = n % Tile::kRowChunks;
+      const int64_t i = tile.query(r);
+      if (i >= seq.rows_q) continue;
+      const Chunk* chunk = reinterpret_cast<const Chunk*>(shared.query.chunk(r, index));
+      store_chunk(row_of_result<T>(p.out, seq, tile.head(r), i), params.out,
+                  index * Tile::kChunkColumns, ptx::load_shared(chunk));
+    }
+  }
+
+  FA_DEVICE void store_part() {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = warp_row + row_of(m, 2 * half);
+        const int64_t i = tile.query(r);
+        if (i >= seq.rows_q) continue;
+        float* out =
+            params.partial_out + place_of_part(params, plan, tile.head(r), i) * p.head_dim_v;
+#pragma unroll
+        for (int n = 0; n < Output::kN; ++n) {
+          store_pair(out, 1, params.has_paired_out, column_of(n, 0), p.head_dim_v,
+                     acc_o.x[m][n][2 * half], acc_o.x[m][n][2 * half + 1]);
+        }
       }
     }
   }

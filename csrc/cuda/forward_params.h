@@ -14,7 +14,7 @@ struct ColumnLayout {
 
 struct ForwardParams {
   AttentionParams attention;
-  ColumnLayout query, key, value;
+  ColumnLayout query, key, value, out;
   bool has_paired_out;  // out takes two columns with one store
   int32_t pack;         // heads of a KV head whose rows share a tile: all of the group, or 1
   int32_t splits;       // parts of the keys that run in parallel; > 1: out and lse are partial

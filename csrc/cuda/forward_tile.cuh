@@ -23,9 +23,11 @@ struct ForwardPlan {
     index /= params.tiles;
     split = static_cast<int>(index % params.splits);
     index /= params.splits;
-    const uint32_t heads = static_cast<uint32_t>(p.heads_q / params.pack);
+    const uint32_t heads = static_cast<uint32_t>(p.heads_q) / static_cast<uint32_t>(params.pack);
     tile = {index % heads * params.pack, static_cast<int64_t>(nth) * queries, params.pack};
-    head_kv = tile.first_head / (p.heads_q / p.heads_kv);
+    // Divisions are of 32 bits: those of 64 are calls.
+    const uint32_t group = static_cast<uint32_t>(p.heads_q) / static_cast<uint32_t>(p.heads_kv);
+    head_kv = static_cast<uint32_t>(tile.first_head) / group;
     seq = sequence_at(p, index / heads);
     set_blocks(params, queries, keys);
   }
@@ -35,7 +37,7 @@ struct ForwardPlan {
     first_block = last_block = first_interior = last_interior = 0;
     const int64_t last = min_of(tile.first + queries, seq.len_q * tile.pack);
     if (tile.first >= last) return;
-    const Range rows = {tile.first / tile.pack, (last - 1) / tile.pack + 1};
+    const Range rows = {tile.query(0), tile.query(static_cast<int>(last - 1 - tile.first)) + 1};
     const Range any = keys_seen_by_any(params.attention, seq, rows);
     const Range all = keys_seen_by_all(params.attention, seq, rows);
     if (is_empty(any)) return;
@@ -100,30 +102,31 @@ FA_DEVICE T* row_of_result(const MutableTensor& tensor, const Sequence& seq, int
          (seq.first_q + i) * tensor.stride[3];
 }
 
-// Stores a row of out or of the partial results. for_each_pair(store) calls store(column, low,
-// high) for this thread's share of the row, which `row` has yet to scale.
-template <typename T, typename ForEachPair>
-FA_DEVICE void store_row(const ForwardParams& params, const ForwardPlan& plan, int64_t head,
-                         int64_t i, const RowResult& row, bool stores_lse,
-                         const ForEachPair& for_each_pair) {
-  const AttentionParams& p = params.attention;
-  const auto store_columns = [&](auto* out, int64_t stride) {
-    for_each_pair([&](int column, float low, float high) {
-      // What a row without keys has gathered is not looked at.
-      const bool is_empty = row.output_scale == 0;
-      store_pair(out, stride, params.has_paired_out, column, p.head_dim_v,
-                 is_empty ? 0.0f : low * row.output_scale,
-                 is_empty ? 0.0f : high * row.output_scale);
-    });
-  };
+// Where the partial result of row i of a head goes.
+FA_DEVICE int64_t place_of_part(const ForwardParams& params, const ForwardPlan& plan, int64_t head,
+                                int64_t i) {
+  return plan.split * params.partial_rows +
+         partial_row(params.attention, plan.seq.index, plan.seq.first_q, head, i);
+}
+
+FA_DEVICE void store_lse(const ForwardParams& params, const ForwardPlan& plan, int64_t head,
+                         int64_t i, float lse) {
   if (params.splits > 1) {
-    const int64_t at = plan.split * params.partial_rows +
-                       partial_row(p, plan.seq.index, plan.seq.first_q, head, i);
-    if (stores_lse) params.partial_lse[at] = row.lse;
-    store_columns(params.partial_out + at * p.head_dim_v, 1);
+    params.partial_lse[place_of_part(params, plan, head, i)] = lse;
   } else {
-    if (stores_lse) *row_of_result<float>(p.lse, plan.seq, head, i) = row.lse;
-    store_columns(row_of_result<T>(p.out, plan.seq, head, i), p.out.stride[4]);
+    *row_of_result<float>(params.attention.lse, plan.seq, head, i) = lse;
+  }
+}
+
+// Calls body(out, stride) for row i of out, or of the partial results, which are float32.
+template <typename T, typename Body>
+FA_DEVICE void with_out_row(const ForwardParams& params, const ForwardPlan& plan, int64_t head,
+                            int64_t i, const Body& body) {
+  const AttentionParams& p = params.attention;
+  if (params.splits > 1) {
+    body(params.partial_out + place_of_part(params, plan, head, i) * p.head_dim_v, int64_t{1});
+  } else {
+    body(row_of_result<T>(p.out, plan.seq, head, i), p.out.stride[4]);
   }
 }
 

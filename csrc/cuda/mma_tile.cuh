@@ -297,4 +297,29 @@ FA_DEVICE void multiply_columns_by_fma(Accumulator<kM, kN>& acc, const Accumulat
   }
 }
 
+// An accumulator, rounded, to rows first_row.. of a tile.
+template <int kM, int kN, typename Tile>
+FA_DEVICE void store_accumulator(const Accumulator<kM, kN>& acc, Tile& tile, int first_row) {
+  using T = typename Tile::Element;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t start =
+          ptx::shared_address(tile.at(first_row + row_of(m, 2 * half), column_of(0, 0)));
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const float* pair = &acc.x[m][n][2 * half];
+        constexpr int kChunks = sizeof(T) / 2;  // of eight columns
+        const uint32_t to = Tile::step(start, 0, kChunks * n);
+        if constexpr (sizeof(T) == 4) {
+          ptx::store_shared(to, float2{pair[0], pair[1]});
+        } else {
+          ptx::store_shared(to, ptx::pack(pair[0], pair[1], T{}));
+        }
+      }
+    }
+  }
+}
+
 }  // namespace fastattn::cuda

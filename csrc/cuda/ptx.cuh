@@ -69,6 +69,11 @@ FA_DEVICE void store_shared(T* pointer, T value) {
   *pointer = value;
 }
 
+template <typename T>
+FA_DEVICE void store_shared(uint32_t address, T value) {
+  *static_cast<T*>(__cvta_shared_to_generic(address)) = value;
+}
+
 // ldmatrix.sync.aligned.m8n8.x4.shared.b16: lane 8m + r names row r (16 bytes, at a shared_address)
 // of matrix m; lane 4r + c receives, in x[m], elements 2c and 2c + 1 of that row.
 FA_DEVICE void ldmatrix_x4(uint32_t (&x)[4], uint32_t row) {

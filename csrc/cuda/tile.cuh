@@ -249,6 +249,27 @@ struct QueryTileRows {
   }
 };
 
+// A chunk to columns first.. of a row, as far as there are so many.
+template <typename T>
+FA_DEVICE void store_chunk(T* row, const ColumnLayout& layout, int first, const Chunk& chunk) {
+  constexpr int kColumns = 16 / sizeof(T), kPerWord = 4 / sizeof(T);
+  if (layout.is_chunked && first + kColumns <= layout.columns) {
+    *reinterpret_cast<Chunk*>(row + first) = chunk;
+    return;
+  }
+#pragma unroll
+  for (int c = 0; c < kColumns; ++c) {
+    if (first + c >= layout.columns) continue;
+    const uint32_t bits = chunk.word[c / kPerWord] >> (c % kPerWord * 8 * sizeof(T) % 32);
+    T& to = row[(first + c) * layout.stride];
+    if constexpr (sizeof(T) == 4) {
+      to = __uint_as_float(bits);
+    } else {
+      to.bits = static_cast<uint16_t>(bits);
+    }
+  }
+}
+
 // Two neighbouring columns of a row, as far as there are so many.
 template <typename T>
 FA_DEVICE void store_pair(T* row, int64_t stride, bool is_paired, int column, int64_t columns,

@@ -35,4 +35,14 @@ constexpr ForwardTile forward_tile(bool is_float32, int head_dim, bool has_terms
   return {4, 2, head_dim <= 96 ? 64 : 32};
 }
 
+// Parts of the keys that run in parallel, where the tiles of queries do not fill the machine: as
+// many as do, but each of at least four tiles of keys, which its start and the merge are worth.
+inline int forward_splits(int64_t blocks, int64_t key_tiles, int multiprocessors) {
+  constexpr int64_t kLeastTiles = 4, kMostSplits = 128;
+  if (2 * blocks > multiprocessors) return 1;
+  const int64_t wanted = multiprocessors / max_of<int64_t>(blocks, 1);
+  return static_cast<int>(
+      max_of<int64_t>(1, min_of(min_of(wanted, key_tiles / kLeastTiles), kMostSplits)));
+}
+
 }  // namespace fastattn::cuda

@@ -56,6 +56,12 @@ inline void store_shared(T* pointer, T value, Where where = Where::current()) {
   memcpy(pointer, &value, sizeof(T));
 }
 
+template <typename T>
+inline void store_shared(uint32_t address, T value, Where where = Where::current()) {
+  void* pointer = const_cast<void*>(emulator::shared.pointer_to(address));
+  store_shared(static_cast<T*>(pointer), value, where);
+}
+
 inline void ldmatrix_x4(uint32_t (&x)[4], uint32_t address, Where where = Where::current()) {
   const void* const row = emulator::shared.pointer_to(address);
   static constexpr Operation kOperation = {"ldmatrix_x4", false, emulator::load_matrices};
