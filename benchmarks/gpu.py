@@ -123,8 +123,9 @@ def sanitizer(tool: str, seconds: float, environment: dict[str, str]) -> Stage:
 
 
 def find_sanitizer() -> str | None:
-    home = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
-    return shutil.which("compute-sanitizer") or shutil.which(home / "bin" / "compute-sanitizer")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    folders = (os.environ.get("PATH", ""), f"{home}/bin", f"{home}/compute-sanitizer")
+    return shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
 
 
 def dry_stages() -> list[Stage]:
