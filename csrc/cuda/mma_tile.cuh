@@ -203,6 +203,20 @@ FA_DEVICE uint32_t nonzero_as_one(uint32_t word) {
   return ones & (low | high);
 }
 
+// Whether 16 columns of b, in its rows 0 to 8 kK, hold infinity or NaN. Of the whole warp.
+template <typename T, int kK, typename Tile>
+FA_DEVICE bool columns_are_nonfinite(const Tile&, uint32_t start, int n) {
+  uint32_t found = 0;
+#pragma unroll
+  for (int k = 0; k < kK / 2; ++k) {
+    uint32_t right[4];
+    ptx::ldmatrix_x4_trans(right, Tile::step(start, 16 * k, n));
+#pragma unroll
+    for (int w = 0; w < 4; ++w) found |= nonfinite_mask<T>(right[w]);
+  }
+  return ptx::any_in_warp(found != 0);
+}
+
 // NaN where a left number other than 0 meets an infinity or NaN of b.
 template <typename T, int kM, int kK, int kN, typename Tile>
 FA_DEVICE void spread_nonfinite(Accumulator<kM, kN>& acc, const LeftOperand<T, kM, kK>& left,
@@ -210,6 +224,7 @@ FA_DEVICE void spread_nonfinite(Accumulator<kM, kN>& acc, const LeftOperand<T, k
   const uint32_t start = right_columns(b, 0), ones = ptx::pack(1.0f, 1.0f, T{});
 #pragma unroll
   for (int n = 0; n < kN; n += 2) {
+    if (!columns_are_nonfinite<T, kK>(b, start, n)) continue;
     Accumulator<kM, 2> hits;
     hits.set_zero();
 #pragma unroll
