@@ -32,7 +32,7 @@ constexpr ForwardTile forward_tile(bool is_float32, int head_dim, bool has_terms
   if (has_terms) return {8, 1, 64};
   // Every fragment of k and v serves 32 rows, which halves the traffic of shared memory. At
   // head_dim 128 their part of out takes 128 registers; beside it 64 keys spill.
-  return {4, 2, head_dim <= 96 ? 64 : 32};
+  return {4, 2, head_dim <= 96 ? 64 : 48};
 }
 
 // Parts of the keys that run in parallel, where the tiles of queries do not fill the machine: as
