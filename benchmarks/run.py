@@ -2,13 +2,13 @@
 
     FULL=1, --grid=full     the whole grid, all peers compiled (an hour or more)
     QUICK=1, --grid=quick   tiny shapes, one call each: checks the results, its times mean nothing
-    SAVE=1, --save          results go to benchmarks/results/<cpu>/<level>/ or results/<gpu>/, not to
-                            build/bench/
+    SAVE=1, --save          results go to benchmarks/results/<cpu>/<level>/, or for a GPU to
+                            benchmarks/results/<gpu>/, not to build/bench/
     --device=cpu|cuda       whose rows; by default those of the GPU where its kernels run
     --seconds=N             how long the default grid may take (about)
     --threads=N             threads of every peer
-    --peers=A,B             some of sdpa, eager, compile, onnxruntime, openvino; of a GPU flash, cudnn,
-                            efficient, flex, math, eager, flash_attn, xformers
+    --peers=A,B             some of sdpa, eager, compile, onnxruntime, openvino; for a GPU of flash,
+                            cudnn, efficient, flex, math, eager, flash_attn, xformers
     --compile=none|some|all rows in which torch.compile takes part (it costs seconds per row)
     --cold                  inputs from memory and not from caches in all rows, as in decode
                             and kv_cache
