@@ -107,14 +107,16 @@ struct SoftmaxState {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float origin = -reference(m, half);
+        float sum = 0.0f;  // of the tile first: a long chain of additions would round too often
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
             scores.x[m][n][e] = ptx::exp2(fmaf(scores.x[m][n][e], unit, origin));
-            row_sum[m][half] += scores.x[m][n][e];
+            sum += scores.x[m][n][e];
           }
         }
+        row_sum[m][half] += sum;
       }
     }
   }
