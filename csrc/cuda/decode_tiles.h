@@ -79,18 +79,21 @@ inline double decode_cost(const DecodeProblem& problem, const DecodeMachine& mac
 // The number of splits that takes the least time, and of those the smallest.
 inline int decode_splits(const DecodeProblem& problem, const DecodeMachine& machine,
                          const DecodeTile& tile) {
-  const int64_t rounds = ceil_div(problem.keys, tile.round_keys());
-  const int64_t most = min_of<int64_t>(rounds, kMaxSplits);
-  int best = 1;
+  const int64_t rounds = max_of<int64_t>(ceil_div(problem.keys, tile.round_keys()), 1);
+  int64_t best = 1;
   double least = decode_cost(problem, machine, rounds, 1);
-  for (int splits = 2; splits <= most; ++splits) {
+  // Of the numbers that give parts of the same length the smallest will do: few are left to try.
+  for (int64_t share = rounds; share > 1;) {
+    const int64_t splits = ceil_div(rounds, share - 1);
+    if (splits > kMaxSplits) break;
+    share = ceil_div(rounds, splits);
     const double cost = decode_cost(problem, machine, rounds, splits);
     if (cost < least) {
       least = cost;
       best = splits;
     }
   }
-  return best;
+  return static_cast<int>(best);
 }
 
 }  // namespace fastattn::cuda
