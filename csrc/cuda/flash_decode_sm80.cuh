@@ -14,21 +14,24 @@ namespace fastattn::cuda {
 struct KeyCursor {
   const CacheView& cache;
   const Sequence& seq;
-  int64_t key;         // of the sequence
+  int key;             // from the first tile on
+  Columns seen;        // of these, those that may be looked for
+  int page;            // of the sequence
   int64_t entry, row;  // of the tensors
-  int64_t page;        // of the sequence
 
-  FA_DEVICE KeyCursor(const AttentionParams& p, const Sequence& s, int64_t first)
-      : cache(p.cache), seq(s), key(first), page(0) {
-    const int64_t kept = s.first_k + key;
-    if (cache.page_rows > 0) page = kept / cache.page_rows;
-    row = cache.page_rows > 0 ? kept % cache.page_rows
-                              : (cache.ring_rows > 0 ? kept % cache.ring_rows : kept);
+  FA_DEVICE KeyCursor(const AttentionParams& p, const Sequence& s, int64_t first_tile, int nth)
+      : cache(p.cache),
+        seq(s),
+        key(nth),
+        seen(columns_of({s.first_seen, s.len_k}, first_tile, INT32_MAX)),
+        page(0),
+        row(s.first_k + first_tile + nth) {
+    const int64_t most = rows_of_entry();
+    if (most > 0) {
+      page = static_cast<int>(row / most);
+      row %= most;
+    }
     find_entry();
-  }
-
-  FA_DEVICE bool is_seen() const {
-    return seq.first_seen <= key && key < seq.len_k;
   }
 
   // NOTE: what it reads of the block table is not needed before the next load: the table's latency
@@ -36,7 +39,7 @@ struct KeyCursor {
   FA_DEVICE void advance(int keys) {
     key += keys;
     row += keys;
-    const int64_t most = max_of(cache.page_rows, cache.ring_rows);
+    const int64_t most = rows_of_entry();
     if (most > 0) {
       for (; row >= most; row -= most) ++page;
     }
@@ -50,6 +53,15 @@ struct KeyCursor {
   }
 
  private:
+  FA_DEVICE bool is_seen() const {
+    return seen.first <= key && key < seen.last;
+  }
+
+  // Of a page or of a ring; 0: rows follow one another to the end.
+  FA_DEVICE int64_t rows_of_entry() const {
+    return max_of(cache.page_rows, cache.ring_rows);
+  }
+
   FA_DEVICE void find_entry() {
     entry = seq.b0;
     if (cache.page_rows > 0 && is_seen()) {
@@ -175,7 +187,7 @@ class FlashDecode {
 
  private:
   FA_DEVICE void attend() {
-    KeyCursor cursor(p, seq, origin_of(plan.first_block) + lane % kKeys);
+    KeyCursor cursor(p, seq, origin_of(plan.first_block), lane % kKeys);
     load_q_tile();
     const int last = plan.last_block;
 #pragma unroll 1
