@@ -149,7 +149,10 @@ def test_the_lse_does_not_depend_on_dropout_and_dropping_all_gives_zero(level):
     _, want = fa.attention(query, key, value, return_lse=True)
     for dropout_p in (0.5, 1.0):
         out, lse = fa.attention(query, key, value, dropout_p=dropout_p, return_lse=True)
-        assert torch.equal(lse, want)
+        if level in ("sm80", "cuda"):  # other kernels, which round in another order
+            torch.testing.assert_close(lse, want)
+        else:
+            assert torch.equal(lse, want)
     assert (out == 0).all()
     leaves = [x.requires_grad_() for x in (query, key, value)]
     fa.attention(*leaves, dropout_p=1.0).sum().backward()
