@@ -3,6 +3,7 @@
 #   make bench    build and compare with other implementations (FULL=1: the whole grid, QUICK=1: results only)
 #   make gpu      on a machine with a GPU: build, tests, sanitizer and benchmarks there, in 10 minutes;
 #                 as it is, with PYTHON, which has all it needs: it installs nothing
+#   make emulated test the CUDA kernels without a GPU, over tests/emulator/cuda
 #   make build    compile what changed
 #   make check    format, lint, types, and what must hold for sources and objects (tests/static)
 #   make clean    remove what was built
@@ -19,7 +20,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "setuptools>=77" ninja "pybind11>=2.13"
 CXX_FILES = $(shell find csrc tests \( -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: test bench gpu build check clean
+.PHONY: test bench gpu emulated build check clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.ready-test build
@@ -32,6 +33,10 @@ gpu:
 	@$(PYTHON) -c 'import torch, pybind11, ninja, setuptools, pytest, pytest_benchmark, hypothesis, matplotlib, rich' || \
 	  { echo "make gpu installs nothing: PYTHON=... names a Python that has torch and the packages for the tests"; exit 1; }
 	$(PYTHON) benchmarks/gpu.py $(STAGES)
+
+emulated: $(VENV)/.ready-test
+	FASTATTN_CUDA=emulate $(BIN)/python setup.py -q build --build-lib build/emulated_cuda
+	PYTHONPATH=build/emulated_cuda FASTATTN_CPU_ISA=sm80 $(BIN)/pytest -q -m "not slow" tests/test_attention_*.py
 
 build: $(VENV)/.ready-build
 	$(BIN)/python setup.py -q build_ext --inplace
