@@ -1,4 +1,4 @@
-"""``python -m fastattn check``: every CPU level of this machine against the reference."""
+"""``python -m fastattn check``: this machine's CPU levels and GPU against the reference."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def run_check() -> bool:
     """Hold every level that this machine can run to the accuracy contract; prints a table."""
     passed = True
     print(f"{'level':<12}{'dtype':<10}{'case':<16}error, in % of what the accuracy contract allows")
-    for level, obstacle in _C.cpu_levels():
+    for level, obstacle in (*_C.cpu_levels(), ("cuda", _cuda_obstacle())):
         if obstacle is not None:
             print(f"{level:<12}not run: {obstacle}")
             continue
         with running_on(level):
             for dtype in DTYPES:
-                for name, case in _cases():
+                for name, case in _cases(level):
                     line = f"{level:<12}{str(dtype).removeprefix('torch.'):<10}{name:<16}"
                     try:
                         print(f"{line}{100 * case(dtype):5.1f}  ok")
@@ -46,7 +46,13 @@ def run_check() -> bool:
     return passed
 
 
-def _cases() -> Iterator[tuple[str, Case]]:
+def _cuda_obstacle() -> str | None:
+    if not _C.built_with_cuda:
+        return "not built"
+    return None if torch.cuda.is_available() else "no GPU, or a torch without CUDA"
+
+
+def _cases(level: str) -> Iterator[tuple[str, Case]]:
     attentions: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "plain": ({"queries": 129, "head_dim": 64}, {}),
         "causal": ({"queries": 65, "keys": 130, "head_dim": 80}, {"causal": True}),
@@ -56,6 +62,8 @@ def _cases() -> Iterator[tuple[str, Case]]:
     }
     for name, (shape, options) in attentions.items():
         yield name, partial(_attention, shape, options)
+    if level == "cuda":  # all else has no kernels there
+        return
     yield "cache", partial(_cache, False)
     yield "cache, int8", partial(_cache, True)
     rows, row = (37, 131), (131,)

@@ -173,6 +173,8 @@ def _on_cuda(query: Tensor, recorder: _Recorder, options: Mapping[str, Any]) -> 
         reasons, rejected = [f"level {_EMULATED}: {_level_in_use()[1]}"], {"cpu": "emulated"}
     rejected["sm90"] = "no kernels for sm_90 in this version: the sm_80 kernels run there"
     _add_schedules(schedule, _CUDA_SCHEDULES, options, reasons, rejected)
+    if "decode" in rejected and options.get("dropout_p"):
+        rejected["decode"] = "it has no dropout"
     backend = "cuda" if query.is_cuda else "emulated"
     kernel = "no kernel" if schedule == "none" else f"{backend}/sm80/{schedule}"
     return Explanation(kernel, tuple(reasons), rejected)
@@ -222,7 +224,10 @@ _SCHEDULES: _Schedules = {
 _CUDA_SCHEDULES: _Schedules = {
     "tile": (
         "a thread block for every tile of query rows goes over all keys that it sees",
-        {"split tile": "the tiles of query rows occupy the GPU", "decode": _NOT_DECODE},
+        {
+            "split tile": "the tiles of query rows occupy the GPU, or have few keys to share",
+            "decode": _NOT_DECODE,
+        },
     ),
     "split tile": (
         "thread blocks share the keys of a tile of query rows, and their results are merged",
