@@ -194,8 +194,8 @@ class FlashDecode {
     for (int slot = 0; slot < kStages; ++slot) {
       const bool is_there = plan.first_block + slot < last;
       if (slot > 0) store_scales(slot - 1);
-      load_k_tile(cursor, slot, is_there);
-      load_v_tile(cursor, slot, is_there);
+      load_k_tile<true>(cursor, slot, is_there);
+      load_v_tile<true>(cursor, slot, is_there);
       cursor.advance(Config::kRoundKeys);
     }
     ptx::cp_async_wait<2 * kStages>();
@@ -227,7 +227,7 @@ class FlashDecode {
     multiply_rows(scores, shared.query, 0, arrived(ring.key[slot]), 0);
     if constexpr (Config::kInt8) scale_columns(scores, ring.key_scale[slot]);
     ptx::sync_warp();  // K is used up
-    load_k_tile(cursor, slot, has_next);
+    load_k_tile<false>(cursor, slot, has_next);
     if constexpr (kMasked) mask_tile(scores, block);
     ptx::cp_async_wait<kInFlight>();
     // Does V hold what must not reach the rows that do not see it?
@@ -245,7 +245,7 @@ class FlashDecode {
       multiply_columns<false>(acc_o, weights, value);
     }
     ptx::sync_warp();  // V is used up
-    load_v_tile(cursor, slot, has_next);
+    load_v_tile<false>(cursor, slot, has_next);
   }
 
   FA_DEVICE float unit() const {
@@ -274,16 +274,18 @@ class FlashDecode {
   }
 
   // A group of copies each, empty after the last tile.
+  template <bool kFirst>
   FA_DEVICE void load_k_tile(const KeyCursor& cursor, int slot, bool is_there) {
     if (is_there) {
-      load_rows(ring.key[slot], cursor, p.key, params.key);
+      load_rows<kFirst>(ring.key[slot], cursor, p.key, params.key);
       if constexpr (Config::kInt8) key_scale = scale_at(cursor, p.cache.key_scale);
     }
     ptx::cp_async_commit();
   }
+  template <bool kFirst>
   FA_DEVICE void load_v_tile(const KeyCursor& cursor, int slot, bool is_there) {
     if (is_there) {
-      load_rows(ring.value[slot], cursor, p.value, params.value);
+      load_rows<kFirst>(ring.value[slot], cursor, p.value, params.value);
       if constexpr (Config::kInt8) value_scale = scale_at(cursor, p.cache.value_scale);
     }
     ptx::cp_async_commit();
@@ -295,32 +297,64 @@ class FlashDecode {
            plan.head_kv * tensor.stride[2];
   }
 
-  // Every lane knows where one row is, and copies chunks of all of them.
+  // The nth of this lane's chunks of a tile. (Unsigned, for divisions to be shifts.)
+  struct Place {
+    uint32_t row, index;
+  };
+  FA_DEVICE Place place_of(int nth) const {
+    constexpr uint32_t kChunks = Stage::kRowChunks;
+    const uint32_t n = static_cast<uint32_t>(nth * ptx::kWarpSize + lane);
+    return {n / kChunks, n % kChunks};
+  }
+
+  // Every lane knows where one row is, and copies chunks of all of them. kFirst: nothing has been
+  // in this stage; else what lies beyond `columns` is zero.
+  template <bool kFirst>
   FA_DEVICE void load_rows(Stage& stage, const KeyCursor& cursor, const ConstTensor& tensor,
                            const ColumnLayout& layout) {
     const C* base = head_of<C>(tensor);
     const auto own = reinterpret_cast<uint64_t>(cursor.in(base, tensor.stride));
-    if (layout.is_chunked) {
-#pragma unroll 4
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int n = pass * 32 + lane, r = n / Stage::kRowChunks, index = n % Stage::kRowChunks;
-        const C* row = reinterpret_cast<const C*>(ptx::shuffle(own, r));
-        const int first = index * Stage::kChunkColumns;
-        const int there = row == nullptr ? 0 : min_of(layout.columns - first, Stage::kChunkColumns);
-        // Where nothing is read, the address must still be one.
-        ptx::cp_async_16(stage.chunk(r, index), there > 0 ? row + first : base,
-                         max_of(there, 0) * static_cast<int>(sizeof(C)));
-      }
+    if (!layout.is_chunked) {
+      gather_rows(stage, own, layout);
+    } else if (kFirst || layout.columns % Stage::kChunkColumns != 0 || ptx::any_in_warp(own == 0)) {
+      copy_some(stage, own, base, layout.columns);
     } else {
+      copy_whole(stage, own, layout.columns);
+    }
+  }
+
+  FA_DEVICE void copy_whole(Stage& stage, uint64_t own, int columns) {
+    const uint32_t chunks = static_cast<uint32_t>(columns) / Stage::kChunkColumns;
+#pragma unroll 8
+    for (int nth = 0; nth < kLaneChunks; ++nth) {
+      const Place at = place_of(nth);
+      const auto* row = reinterpret_cast<const Chunk*>(ptx::shuffle(own, at.row));
+      if (at.index < chunks) ptx::cp_async_16(stage.chunk(at.row, at.index), row + at.index, 16);
+    }
+  }
+
+  FA_DEVICE void copy_some(Stage& stage, uint64_t own, const C* base, int columns) {
 #pragma unroll 1
-      for (int pass = 0; pass < kPasses; ++pass) {
-        const int n = pass * 32 + lane, r = n / Stage::kRowChunks, index = n % Stage::kRowChunks;
-        const C* row = reinterpret_cast<const C*>(ptx::shuffle(own, r));
-        const int first = index * Stage::kChunkColumns;
-        Chunk chunk = {};
-        if (row != nullptr) chunk = gather_chunk<C>(row, layout.stride, first, layout.columns);
-        ptx::store_shared(reinterpret_cast<Chunk*>(stage.chunk(r, index)), chunk);
-      }
+    for (int nth = 0; nth < kLaneChunks; ++nth) {
+      const Place at = place_of(nth);
+      const C* row = reinterpret_cast<const C*>(ptx::shuffle(own, at.row));
+      const int first = at.index * Stage::kChunkColumns;
+      const int there = row == nullptr ? 0 : min_of(columns - first, Stage::kChunkColumns);
+      // Where nothing is read, the address must still be one.
+      ptx::cp_async_16(stage.chunk(at.row, at.index), there > 0 ? row + first : base,
+                       max_of(there, 0) * static_cast<int>(sizeof(C)));
+    }
+  }
+
+  FA_DEVICE void gather_rows(Stage& stage, uint64_t own, const ColumnLayout& layout) {
+#pragma unroll 1
+    for (int nth = 0; nth < kLaneChunks; ++nth) {
+      const Place at = place_of(nth);
+      const C* row = reinterpret_cast<const C*>(ptx::shuffle(own, at.row));
+      const int first = at.index * Stage::kChunkColumns;
+      Chunk chunk = {};
+      if (row != nullptr) chunk = gather_chunk<C>(row, layout.stride, first, layout.columns);
+      ptx::store_shared(reinterpret_cast<Chunk*>(stage.chunk(at.row, at.index)), chunk);
     }
   }
 
@@ -353,12 +387,12 @@ class FlashDecode {
   FA_DEVICE void widen(Stage& stage) {
     using Wide = WidenedChunk<T>;
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      const int n = pass * 32 + lane, r = n / Stage::kRowChunks, index = n % Stage::kRowChunks;
-      const Wide wide(ptx::load_shared(stage.chunk(r, index)));
+    for (int nth = 0; nth < kLaneChunks; ++nth) {
+      const Place at = place_of(nth);
+      const Wide wide(ptx::load_shared(stage.chunk(at.row, at.index)));
 #pragma unroll
       for (int c = 0; c < Wide::kChunks; ++c) {
-        T* to = ring.widened.chunk(r, index * Wide::kChunks + c);
+        T* to = ring.widened.chunk(at.row, at.index * Wide::kChunks + c);
         ptx::store_shared(reinterpret_cast<Chunk*>(to), wide.chunk[c]);
       }
     }
@@ -430,8 +464,8 @@ class FlashDecode {
     }
   }
 
-  static constexpr int kPasses = Stage::kRows * Stage::kRowChunks / 32;
-  static_assert(kPasses * 32 == Stage::kRows * Stage::kRowChunks);
+  static constexpr int kLaneChunks = Stage::kRows * Stage::kRowChunks / ptx::kWarpSize;
+  static_assert(kLaneChunks * ptx::kWarpSize == Stage::kRows * Stage::kRowChunks);
 
   const ForwardParams& params;
   const AttentionParams& p;
