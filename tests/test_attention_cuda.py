@@ -102,6 +102,21 @@ def test_a_cache_is_read_and_not_yet_written(cuda):
 
 
 @gpu
+@pytest.mark.parametrize("name", ["query_lengths", "key_lengths", "mask", "sink", "key"])
+def test_tensors_of_two_devices_are_refused_before_they_are_read(cuda, name):
+    right = attention_inputs(queries=4) | {
+        "query_lengths": torch.tensor([4, 2]),
+        "key_lengths": torch.tensor([3, 4]),
+        "mask": torch.ones(4, 4, dtype=torch.bool),
+        "sink": torch.zeros(2),
+    }
+    on_cpu = {n: x.cpu() for n, x in right.items()}
+    for call in (right | {name: on_cpu[name]}, on_cpu | {name: right[name]}):
+        with pytest.raises(ValueError, match=rf"^{name}: expected a tensor on"):
+            fa.attention(**call)
+
+
+@gpu
 def test_a_graph_captures_both_passes_and_repeats_them(cuda):
     """So none of them waits for the GPU, reads from it or allocates behind torch's back."""
     leaves = [x.requires_grad_() for x in attention_inputs(queries=70, heads=4).values()]

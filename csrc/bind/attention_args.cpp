@@ -240,23 +240,6 @@ void set_scalars(AttentionProblem& problem, const AttentionOptions& options) {
   if (p.dropout_p > 0) set_philox(problem, options);
 }
 
-void check_option_devices(const Tensor& query, const AttentionOptions& o) {
-  const std::pair<const char*, const OptionalTensor&> optionals[] = {
-      {"mask", o.mask},
-      {"bias", o.bias},
-      {"alibi_slopes", o.alibi_slopes},
-      {"sink", o.sink},
-      {"query_lengths", o.query_lengths},
-      {"key_lengths", o.key_lengths},
-      {"cu_seqlens_q", o.cu_seqlens_q},
-      {"cu_seqlens_k", o.cu_seqlens_k},
-      {"philox", o.philox},
-  };
-  for (const auto& [argument, tensor] : optionals) {
-    if (tensor) require_device_of(query, argument, *tensor);
-  }
-}
-
 void check_option_dtypes(AttentionProblem& problem, const AttentionOptions& o) {
   AttentionParams& p = problem.params;
   if (o.mask) {
@@ -279,8 +262,24 @@ void require_like_query(const Tensor& query, const char* argument, const Tensor&
   }
 }
 
-void set_options(AttentionProblem& problem, const Tensor& query, const AttentionOptions& options) {
-  check_option_devices(query, options);
+void require_devices_of(const Tensor& query, const AttentionOptions& o) {
+  const std::pair<const char*, const OptionalTensor&> optionals[] = {
+      {"mask", o.mask},
+      {"bias", o.bias},
+      {"alibi_slopes", o.alibi_slopes},
+      {"sink", o.sink},
+      {"query_lengths", o.query_lengths},
+      {"key_lengths", o.key_lengths},
+      {"cu_seqlens_q", o.cu_seqlens_q},
+      {"cu_seqlens_k", o.cu_seqlens_k},
+      {"philox", o.philox},
+  };
+  for (const auto& [argument, tensor] : optionals) {
+    if (tensor) require_device_of(query, argument, *tensor);
+  }
+}
+
+void set_options(AttentionProblem& problem, const AttentionOptions& options) {
   check_option_dtypes(problem, options);
   set_score_terms(problem, options);
   set_scalars(problem, options);
@@ -323,6 +322,7 @@ AttentionProblem make_problem(const Backend& backend, const Tensor& query, const
   p.dtype = require_float("query", query);
   require_like_query(query, "key", key);
   if (value) require_like_query(query, "value", *value);
+  require_devices_of(query, options);
   set_shapes(problem, query, key, value);
   require_kernels(backend, p, query, "value", value);
   set_packed(problem, options);
@@ -330,7 +330,7 @@ AttentionProblem make_problem(const Backend& backend, const Tensor& query, const
       sequence_lengths(problem, "query_lengths", options.query_lengths, p.cu_seqlens_q, p.seqlen_q);
   p.key_lengths =
       sequence_lengths(problem, "key_lengths", options.key_lengths, p.cu_seqlens_k, p.seqlen_k);
-  set_options(problem, query, options);
+  set_options(problem, options);
   p.query = problem.view<ConstTensor>(query);
   p.key = problem.view<ConstTensor>(key);
   if (value) p.value = problem.view<ConstTensor>(*value);

@@ -111,8 +111,12 @@ void set_packed_queries(AttentionProblem& problem, const AttentionOptions& optio
 IndexArray sequence_lengths(AttentionProblem& problem, const char* argument,
                             const OptionalTensor& lengths, const IndexArray& cu, int64_t rows);
 
+// Comes before anything is read: an op runs where any of its tensors is on a GPU, also where its
+// query is not.
+void require_devices_of(const Tensor& query, const AttentionOptions& options);
+
 // Everything that shapes the scores, and the numbers. Shapes and dtype of the problem are set.
-void set_options(AttentionProblem& problem, const Tensor& query, const AttentionOptions& options);
+void set_options(AttentionProblem& problem, const AttentionOptions& options);
 
 template <typename View>
 View AttentionProblem::view(const Tensor& tensor) const {

@@ -29,12 +29,13 @@ CachedAttention::CachedAttention(const Tensor& query, const CacheTensors& cache,
   refuse_on_device();
   storage_ = check_storage(cache, "query", query);
   check_tables(tables, "query", query, storage_.head_dim);
+  require_devices_of(query, options);
   set_shapes();
   require_kernels(problem_.backend, p_, query, "v_cache", &cache.v_cache);
   set_lengths(cache_lengths);
   set_starts(key_starts);
   refuse_options();
-  set_options(problem_, query, options);
+  set_options(problem_, options);
   set_cache();
   check_pages();
   place_queries();
