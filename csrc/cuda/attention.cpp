@@ -33,9 +33,8 @@ constexpr int64_t kMostDecodeRows = 2 * kDecodeRows;
 Choice choose_decode(const AttentionParams& p, const DeviceLimits& limits) {
   const int element = static_cast<int>(dtype_size(p.dtype)), head_dim = head_dim_of(p);
   const int stored = is_int8(p.cache) ? 1 : element;
-  const DecodeTile tile = decode_tile(element, head_dim);
-  const int blocks =
-      blocks_per_multiprocessor(tile.shared_bytes(element, stored, head_dim), limits.shared_bytes);
+  const DecodeTile tile = decode_tile(element, stored, head_dim);
+  const int blocks = decode_blocks(element, stored, head_dim, limits.shared_bytes);
   const int splits = decode_splits({shared_rows(p), p.heads_kv, sequences_of(p), p.seqlen_k},
                                    {limits.multiprocessors, blocks}, tile);
   return {Schedule::kDecode, static_cast<int>(p.heads_q / p.heads_kv), splits};

@@ -20,6 +20,11 @@ struct DecodeTile {
     return warps * keys;
   }
 
+  // Blocks that the registers of a multiprocessor are enough for: the kernel is compiled for that.
+  constexpr int most_blocks() const {
+    return warps == 4 ? 3 : 4;
+  }
+
   // Of a block: queries, rings, of int8 also the tile that is widened and its scales, and at most
   // 512 bytes for its plan.
   constexpr int shared_bytes(int element_bytes, int stored_bytes, int head_dim) const {
@@ -33,19 +38,23 @@ struct DecodeTile {
 // By the bytes of a row of keys, so that a tile is 4 KB: large enough to be copied by whole
 // instructions of a warp, small enough for many to be under way. Wider rows have fewer warps, and
 // the widest (float32 at head_dim 256) one stage, so that a block fits 99 KB, what the smallest
-// chips have.
-constexpr DecodeTile decode_tile(int element_bytes, int head_dim) {
+// chips have. Tiles of int8 are smaller: there are more.
+constexpr DecodeTile decode_tile(int element_bytes, int stored_bytes, int head_dim) {
   const int row_bytes = element_bytes * head_dim;
-  if (row_bytes <= 128) return {4, 32, 2};
-  if (row_bytes <= 256) return {4, 16, 2};
-  if (row_bytes <= 512) return {2, 16, 2};
-  return {2, 16, 1};
+  const bool is_int8 = stored_bytes < element_bytes;
+  if (row_bytes <= 128) return {4, 32, is_int8 ? 3 : 2};
+  if (row_bytes <= 256) return {4, 16, is_int8 ? 3 : 2};
+  return {2, 16, is_int8 ? 3 : (row_bytes <= 512 ? 2 : 1)};
 }
 
-// Blocks that share a multiprocessor; `shared_bytes`: what one block may have at most.
-inline int blocks_per_multiprocessor(int block_bytes, int shared_bytes) {
+// Blocks of the kernel for these that share a multiprocessor; `shared_bytes`: what one block may
+// have there at most.
+inline int decode_blocks(int element_bytes, int stored_bytes, int head_dim, int shared_bytes) {
   constexpr int kReserved = 1 << 10;  // of each block, and beside what one block may have
-  return max_of((shared_bytes + kReserved) / (block_bytes + kReserved), 1);
+  const DecodeTile tile = decode_tile(element_bytes, stored_bytes, head_dim);
+  const int bytes = tile.shared_bytes(element_bytes, stored_bytes, head_dim);
+  const int blocks = (shared_bytes + kReserved) / (bytes + kReserved);
+  return max_of(min_of(blocks, tile.most_blocks()), 1);
 }
 
 // What decode is to do: rows of all heads of a group, and keys of the longest sequence.

@@ -113,14 +113,12 @@ template <typename TypeT, typename TypeC, int kDim>
 struct DecodeConfig {
   using T = TypeT;
   using C = TypeC;
-  static constexpr DecodeTile kTile = decode_tile(sizeof(T), kDim);
+  static constexpr DecodeTile kTile = decode_tile(sizeof(T), sizeof(C), kDim);
   static constexpr int kHeadDim = kDim, kRows = kDecodeRows;
   static constexpr int kWarps = kTile.warps, kThreads = 32 * kWarps;
   static constexpr int kKeys = kTile.keys, kStages = kTile.stages;
   static constexpr int kRoundKeys = kTile.round_keys();
   static constexpr bool kInt8 = sizeof(C) == 1;
-  // On a multiprocessor at least, for the compiler: registers for as many as an H100 has room for.
-  static constexpr int kBlocks = kWarps == 4 ? 3 : 4;
 
   using Tile = SharedTile<T, kKeys, kHeadDim>;
   using Stage = std::conditional_t<kInt8, RawTile<kKeys, kHeadDim>, Tile>;
@@ -481,7 +479,7 @@ class FlashDecode {
 };
 
 template <typename Config>
-FA_KERNEL(Config::kThreads, Config::kBlocks)
+FA_KERNEL(Config::kThreads, Config::kTile.most_blocks())
 void flash_decode_sm80(const __grid_constant__ ForwardParams params) {
   FlashDecode<Config>(params, *static_cast<typename Config::Shared*>(ptx::shared_memory())).run();
 }
