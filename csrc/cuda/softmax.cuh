@@ -33,9 +33,10 @@ FA_DEVICE float sink_of(const AttentionParams& p, int64_t head) {
   return static_cast<const float*>(p.sink.data)[head * p.sink.stride[2]];
 }
 
-// A sink is one more key with this score and no value. A row that saw nothing gives nothing.
+// A sink is one more key with this score and no value. A row that saw nothing gives nothing. (Its
+// sum says so: the maximum does not know of scores that are NaN.)
 FA_DEVICE RowResult finalize_row(float row_max, float row_sum, float sink) {
-  if (row_max == -infinity()) return {0.0f, -infinity()};
+  if (row_sum == 0) return {0.0f, -infinity()};
   const float sink2 = sink * kLog2e, reference = fmaxf(row_max, sink2);
   const float own = ptx::exp2(row_max - reference);
   const float total = fmaf(row_sum, own, ptx::exp2(sink2 - reference));
