@@ -25,6 +25,7 @@ struct ForwardConfig {
 
   struct Shared {
     ForwardPlan plan;
+    KeyRows<C> key_rows, value_rows;
     SharedTile<T, kQueries, kHeadDim> query;
     SharedTile<T, kKeys, kHeadDim> key, value;
     float key_scale[kInt8 ? kKeys : 1], value_scale[kInt8 ? kKeys : 1];
@@ -51,7 +52,7 @@ class FlashForward {
         warp_row(thread / 32 * 16 * kM) {}
 
   FA_DEVICE void run() {
-    if (thread == 0) shared.plan = ForwardPlan(params, Config::kQueries, kKeys);
+    if (thread == 0) set_plan();
     ptx::sync_block();
     if (tile.first >= seq.rows_q * tile.pack) return;
     state.reset();
@@ -72,6 +73,12 @@ class FlashForward {
   }
 
  private:
+  FA_DEVICE void set_plan() {
+    shared.plan = ForwardPlan(params, Config::kQueries, kKeys);
+    shared.key_rows = KeyRows<C>(p, p.key, seq, plan.head_kv);
+    shared.value_rows = KeyRows<C>(p, p.value, seq, plan.head_kv);
+  }
+
   // Every row sees every key of the tile, and nothing else shapes the scores.
   FA_DEVICE bool is_interior(int block) const {
     return !Config::kTerms && plan.first_interior <= block && block < plan.last_interior;
@@ -119,28 +126,32 @@ class FlashForward {
   }
 
   FA_DEVICE void load_k_tile(int block) {
-    load_kv_tile(shared.key, shared.key_scale, p.key, p.cache.key_scale, params.key, block);
+    load_kv_tile(shared.key, shared.key_rows, params.key, block);
+    if constexpr (Config::kInt8) load_scales(shared.key_scale, p.cache.key_scale, block);
   }
   FA_DEVICE void load_v_tile(int block) {
-    load_kv_tile(shared.value, shared.value_scale, p.value, p.cache.value_scale, params.value,
-                 block);
+    load_kv_tile(shared.value, shared.value_rows, params.value, block);
+    if constexpr (Config::kInt8) load_scales(shared.value_scale, p.cache.value_scale, block);
   }
 
   template <typename Tile>
-  FA_DEVICE void load_kv_tile(Tile& to, float* scales, const ConstTensor& tensor,
-                              const ConstTensor& scale, const ColumnLayout& layout, int block) {
-    const KeyRows<C> rows(p, tensor, seq, plan.head_kv);
-    const Range keys = {seq.first_seen, seq.len_k};
-    load_tile<kThreads>(to, thread, layout, KeyTileRows<C>{rows, origin_of(block), keys});
+  FA_DEVICE void load_kv_tile(Tile& to, const KeyRows<C>& rows, const ColumnLayout& layout,
+                              int block) {
+    load_tile<kThreads>(to, thread, layout, rows_of(rows, block));
     ptx::cp_async_commit();
-    if constexpr (Config::kInt8) {
-      const KeyRows<float> row_scales(p, scale, seq, plan.head_kv);
-      const KeyTileRows<float> of_tile{row_scales, origin_of(block), keys};
-      if (thread < kKeys) {
-        const float* at = of_tile(thread);
-        ptx::store_shared(scales + thread, at == nullptr ? 0.0f : *at);
-      }
-    }
+  }
+
+  FA_DEVICE void load_scales(float* scales, const ConstTensor& tensor, int block) {
+    if (thread >= kKeys) return;
+    const KeyRows<float> rows(p, tensor, seq, plan.head_kv);
+    const float* at = rows_of(rows, block)(thread);
+    ptx::store_shared(scales + thread, at == nullptr ? 0.0f : *at);
+  }
+
+  // Of the keys of a tile, those that may be looked at.
+  template <typename Data>
+  FA_DEVICE KeyTileRows<Data> rows_of(const KeyRows<Data>& rows, int block) const {
+    return {rows, origin_of(block), {seq.first_seen, seq.len_k}};
   }
 
   FA_DEVICE int64_t origin_of(int block) const {

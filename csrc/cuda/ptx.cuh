@@ -94,11 +94,15 @@ FA_DEVICE void ldmatrix_x4_trans(uint32_t (&x)[4], uint32_t row) {
 // cp.async.cg.shared.global: 16 bytes to shared memory, of which the first `bytes` come from global
 // memory and the rest are zero. They are there when a wait for their group has returned; until
 // then nobody may touch them.
-FA_DEVICE void cp_async_16(void* shared, const void* global, int bytes) {
+FA_DEVICE void cp_async_16(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
-               : "r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes)
+               : "r"(shared), "l"(__cvta_generic_to_global(global)), "r"(bytes)
                : "memory");
+}
+
+FA_DEVICE void cp_async_16(void* shared, const void* global, int bytes) {
+  cp_async_16(shared_address(shared), global, bytes);
 }
 
 // cp.async.commit_group: what this thread has issued since the last commit is a group.

@@ -54,16 +54,23 @@ struct SharedTile {
   }
 };
 
-// Calls body(row, chunk) for this thread's share of a tile's chunks: the same share whenever as
-// many threads take part.
+// How threads share the chunks of a tile: each has one column of chunks in every panel, and every
+// kRows-th row.
+template <int kThreads, typename Tile>
+struct ChunkShare {
+  static constexpr int kPanels = Tile::kRowChunks / Tile::kPanelChunks;
+  static constexpr int kRows = kThreads / Tile::kPanelChunks, kPasses = Tile::kRows / kRows;
+  static_assert(kPasses * kRows == Tile::kRows && kRows % 8 == 0);
+};
+
+// Calls body(row, chunk) for this thread's share.
 template <int kThreads, typename Tile, typename Body>
 FA_DEVICE void for_each_chunk(int thread, const Body& body) {
-  constexpr int kCount = Tile::kRows * Tile::kRowChunks;
-  static_assert(kCount % kThreads == 0);
+  using Share = ChunkShare<kThreads, Tile>;
+  const int row = thread / Tile::kPanelChunks, index = thread % Tile::kPanelChunks;
 #pragma unroll 1
-  for (int pass = 0; pass < kCount / kThreads; ++pass) {
-    const int n = pass * kThreads + thread;
-    body(n / Tile::kRowChunks, n % Tile::kRowChunks);
+  for (int n = 0; n < Share::kPasses * Share::kPanels; ++n) {
+    body(row + n / Share::kPanels * Share::kRows, index + n % Share::kPanels * Tile::kPanelChunks);
   }
 }
 
@@ -76,6 +83,12 @@ FA_DEVICE uint32_t bits_of(T x) {
   } else {
     return static_cast<uint8_t>(x);
   }
+}
+
+// Of the columns of a chunk, those that are there.
+template <typename Tile>
+FA_DEVICE int clamp_columns(int columns) {
+  return max_of(min_of(columns, Tile::kChunkColumns), 0);
 }
 
 // An int8 is exact in every dtype.
@@ -108,22 +121,60 @@ FA_DEVICE Chunk gather_chunk(const C* row, int64_t column_stride, int first, int
   return chunk;
 }
 
-// Fills a tile: row r from row_pointer(r), zeros where that is null. Copies asynchronously where it
-// can; the caller commits, and waits.
-template <int kThreads, typename Tile, typename RowPointer>
-FA_DEVICE void load_tile(Tile& tile, int thread, const ColumnLayout& layout,
-                         const RowPointer& row_pointer) {
+// Rows at equal distances in memory, of which those from `begin` to `end` are there.
+template <typename C>
+struct EvenRows {
+  const C* row0;
+  int64_t stride;
+  int begin, end;
+};
+
+// The loop that most of the time goes through: an addition and a comparison a row beside the
+// copies.
+template <int kThreads, typename Tile, typename C>
+FA_DEVICE void copy_even_rows(Tile& tile, int thread, int columns, const EvenRows<C>& rows) {
+  using Share = ChunkShare<kThreads, Tile>;
+  constexpr int kPanelColumns = Tile::kPanelChunks * Tile::kChunkColumns;
+  const int row = thread / Tile::kPanelChunks, index = thread % Tile::kPanelChunks;
+  const int first = index * Tile::kChunkColumns;
+  const uint32_t to = ptx::shared_address(tile.chunk(row, index));
+  const C* from = rows.row0 + row * rows.stride + first;
+#pragma unroll
+  for (int pass = 0; pass < Share::kPasses; ++pass) {
+    const int r = row + pass * Share::kRows;
+    const bool is_there = r >= rows.begin && r < rows.end;
+#pragma unroll
+    for (int panel = 0; panel < Share::kPanels; ++panel) {
+      const int there = clamp_columns<Tile>(columns - first - panel * kPanelColumns);
+      const int place = (panel * Tile::kRows + pass * Share::kRows) * Tile::kPanelChunks * 16;
+      ptx::cp_async_16(to + static_cast<uint32_t>(place), from + panel * kPanelColumns,
+                       is_there ? there * static_cast<int>(sizeof(C)) : 0);
+    }
+    from += Share::kRows * rows.stride;
+  }
+}
+
+// Fills a tile: row r from rows(r), zeros where that is null. Copies asynchronously where it can;
+// the caller commits, and waits.
+template <int kThreads, typename Tile, typename TileRows>
+FA_DEVICE void load_tile(Tile& tile, int thread, const ColumnLayout& layout, const TileRows& rows) {
   using T = typename Tile::Element;
+  using C = typename TileRows::Element;
+  if constexpr (sizeof(C) == sizeof(T)) {
+    if (layout.is_chunked && rows.are_even()) {
+      copy_even_rows<kThreads>(tile, thread, layout.columns, rows.even(Tile::kRows));
+      return;
+    }
+  }
   for_each_chunk<kThreads, Tile>(thread, [&](int r, int index) {
-    const auto* row = row_pointer(r);
-    using C = std::remove_cv_t<std::remove_pointer_t<decltype(row)>>;
+    const C* row = rows(r);
     const int first = index * Tile::kChunkColumns;
-    const int there = row == nullptr ? 0 : min_of(layout.columns - first, Tile::kChunkColumns);
+    const int there = row == nullptr ? 0 : clamp_columns<Tile>(layout.columns - first);
     if constexpr (sizeof(C) == sizeof(T)) {
       if (layout.is_chunked) {
-        const int bytes = max_of(there, 0) * static_cast<int>(sizeof(T));
         // Where nothing is read, the address must still be one.
-        ptx::cp_async_16(tile.chunk(r, index), bytes > 0 ? row + first : row_pointer.any(), bytes);
+        ptx::cp_async_16(tile.chunk(r, index), there > 0 ? row + first : rows.any(),
+                         there * static_cast<int>(sizeof(C)));
         return;
       }
     }
@@ -163,8 +214,8 @@ template <typename C>
 struct KeyRows {
   const C* base;  // of key 0; in a paged cache or a ring of row 0 of entry 0
   int64_t row_stride, entry_stride;
-  const CacheView& cache;
-  const Sequence& seq;
+  const CacheView* cache;
+  const Sequence* seq;
 
   FA_DEVICE KeyRows(const AttentionParams& p, const ConstTensor& tensor, const Sequence& s,
                     int64_t head_kv)
@@ -172,23 +223,24 @@ struct KeyRows {
              head_kv * tensor.stride[2]),
         row_stride(tensor.stride[3]),
         entry_stride(tensor.stride[0]),
-        cache(p.cache),
-        seq(s) {
-    if (!has_row_table(cache)) base += s.b0 * entry_stride + s.first_k * row_stride;
+        cache(&p.cache),
+        seq(&s) {
+    if (!has_row_table(*cache)) base += s.b0 * entry_stride + s.first_k * row_stride;
   }
 
   // Of key j of the sequence.
   FA_DEVICE const C* row(int64_t j) const {
-    if (!has_row_table(cache)) return base + j * row_stride;
+    if (!has_row_table(*cache)) return base + j * row_stride;
     // As cache_run, in 32 bits: a division of 64 is a call that keeps everything else waiting.
-    const uint32_t key = static_cast<uint32_t>(seq.first_k + j);
-    if (cache.page_rows > 0) {
-      const uint32_t page_rows = static_cast<uint32_t>(cache.page_rows), page = key / page_rows;
+    const uint32_t key = static_cast<uint32_t>(seq->first_k + j);
+    if (cache->page_rows > 0) {
+      const uint32_t page_rows = static_cast<uint32_t>(cache->page_rows), page = key / page_rows;
       const int64_t entry =
-          index_at(cache.block_table, seq.index * cache.pages_per_sequence + page);
+          index_at(cache->block_table, seq->index * cache->pages_per_sequence + page);
       return base + entry * entry_stride + (key - page * page_rows) * row_stride;
     }
-    return base + seq.b0 * entry_stride + key % static_cast<uint32_t>(cache.ring_rows) * row_stride;
+    return base + seq->b0 * entry_stride +
+           key % static_cast<uint32_t>(cache->ring_rows) * row_stride;
   }
 };
 
@@ -196,6 +248,7 @@ struct KeyRows {
 // for.
 template <typename C>
 struct KeyTileRows {
+  using Element = C;
   const KeyRows<C>& rows;
   int64_t j0;
   Range keys;
@@ -206,6 +259,14 @@ struct KeyTileRows {
   }
   FA_DEVICE const C* any() const {
     return rows.base;
+  }
+  FA_DEVICE bool are_even() const {
+    return !has_row_table(*rows.cache);
+  }
+  FA_DEVICE EvenRows<C> even(int count) const {
+    return {rows.base + j0 * rows.row_stride, rows.row_stride,
+            static_cast<int>(clamp_of(keys.first - j0, 0, count)),
+            static_cast<int>(clamp_of(keys.last - j0, 0, count))};
   }
 };
 
@@ -227,6 +288,7 @@ struct QueryTile {
 // Rows of query, out or dout, from query 0 of a sequence on: those below `count`.
 template <typename T>
 struct QueryTileRows {
+  using Element = T;
   const T* base;
   int64_t head_stride, row_stride, count;
   QueryTile tile;
@@ -246,6 +308,13 @@ struct QueryTileRows {
   }
   FA_DEVICE const T* any() const {
     return base;
+  }
+  FA_DEVICE bool are_even() const {
+    return tile.pack == 1;
+  }
+  FA_DEVICE EvenRows<T> even(int most) const {
+    return {base + tile.first_head * head_stride + tile.first * row_stride, row_stride, 0,
+            static_cast<int>(clamp_of(count - tile.first, 0, most))};
   }
 };
 

@@ -84,6 +84,11 @@ inline void cp_async_16(void* shared, const void* global, int bytes,
   emulator::block.current().copies.issue(shared, global, bytes, where);
 }
 
+inline void cp_async_16(uint32_t address, const void* global, int bytes,
+                        Where where = Where::current()) {
+  cp_async_16(const_cast<void*>(emulator::shared.pointer_to(address)), global, bytes, where);
+}
+
 inline void cp_async_commit() {
   emulator::block.current().copies.commit();
 }
