@@ -26,10 +26,10 @@ struct KeyCursor {
         seen(columns_of({s.first_seen, s.len_k}, first_tile, INT32_MAX)),
         page(0),
         row(s.first_k + first_tile + nth) {
-    const int64_t most = rows_of_entry();
+    const auto most = static_cast<uint32_t>(rows_of_entry()), kept = static_cast<uint32_t>(row);
     if (most > 0) {
-      page = static_cast<int>(row / most);
-      row %= most;
+      page = static_cast<int>(kept / most);
+      row = kept % most;
     }
     find_entry();
   }
@@ -166,9 +166,10 @@ class FlashDecode {
         shared(memory),
         plan(memory.plan),
         seq(plan.seq),
+        // Divided as unsigned numbers, which shifts do: so are all places that follow from them.
         thread(static_cast<int>(threadIdx.x)),
-        warp(thread / 32),
-        lane(thread % 32),
+        warp(static_cast<int>(threadIdx.x / ptx::kWarpSize)),
+        lane(static_cast<int>(threadIdx.x % ptx::kWarpSize)),
         ring(memory.ring[warp]),
         has_terms(cuda::has_terms(p)) {}
 
@@ -231,7 +232,7 @@ class FlashDecode {
     // Does V hold what must not reach the rows that do not see it?
     bool may_leak = false;
     if constexpr (kMasked && !Config::kInt8) {
-      may_leak = ptx::any_in_warp(share_is_nonfinite<32>(ring.value[slot], lane));
+      may_leak = ptx::any_in_warp(own_chunks_are_nonfinite(ring.value[slot]));
     }
     const Tile& value = arrived(ring.value[slot]);
     state.step(scores, unit(), acc_o);
@@ -295,14 +296,13 @@ class FlashDecode {
            plan.head_kv * tensor.stride[2];
   }
 
-  // The nth of this lane's chunks of a tile. (Unsigned, for divisions to be shifts.)
+  // The nth of this lane's chunks of a tile.
   struct Place {
-    uint32_t row, index;
+    int row, index;
   };
   FA_DEVICE Place place_of(int nth) const {
-    constexpr uint32_t kChunks = Stage::kRowChunks;
-    const uint32_t n = static_cast<uint32_t>(nth * ptx::kWarpSize + lane);
-    return {n / kChunks, n % kChunks};
+    const int n = nth * ptx::kWarpSize + lane;
+    return {n / Stage::kRowChunks, n % Stage::kRowChunks};
   }
 
   // Every lane knows where one row is, and copies chunks of all of them. kFirst: nothing has been
@@ -322,7 +322,7 @@ class FlashDecode {
   }
 
   FA_DEVICE void copy_whole(Stage& stage, uint64_t own, int columns) {
-    const uint32_t chunks = static_cast<uint32_t>(columns) / Stage::kChunkColumns;
+    const int chunks = columns / Stage::kChunkColumns;
 #pragma unroll 8
     for (int nth = 0; nth < kLaneChunks; ++nth) {
       const Place at = place_of(nth);
@@ -380,6 +380,20 @@ class FlashDecode {
       ptx::sync_warp();
       return stage;
     }
+  }
+
+  // Whether infinity or NaN is in the chunks that this lane has copied.
+  FA_DEVICE bool own_chunks_are_nonfinite(const Tile& tile) const {
+    bool found = false;
+#pragma unroll
+    for (int nth = 0; nth < kLaneChunks; ++nth) {
+      const Place at = place_of(nth);
+      const auto* from = reinterpret_cast<const Chunk*>(tile.chunk(at.row, at.index));
+      const Chunk chunk = ptx::load_shared(from);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) found |= is_nonfinite(chunk.word[w], T{});
+    }
+    return found;
   }
 
   FA_DEVICE void widen(Stage& stage) {
