@@ -60,7 +60,7 @@ template <int kThreads, typename Tile>
 struct ChunkShare {
   static constexpr int kPanels = Tile::kRowChunks / Tile::kPanelChunks;
   static constexpr int kRows = kThreads / Tile::kPanelChunks, kPasses = Tile::kRows / kRows;
-  static_assert(kPasses * kRows == Tile::kRows && kRows % 8 == 0);
+  static_assert(kPasses * kRows == Tile::kRows);
 };
 
 // Calls body(row, chunk) for this thread's share.
@@ -134,6 +134,7 @@ struct EvenRows {
 template <int kThreads, typename Tile, typename C>
 FA_DEVICE void copy_even_rows(Tile& tile, int thread, int columns, const EvenRows<C>& rows) {
   using Share = ChunkShare<kThreads, Tile>;
+  static_assert(Share::kRows % 8 == 0, "every pass must find its chunks permuted alike");
   constexpr int kPanelColumns = Tile::kPanelChunks * Tile::kChunkColumns;
   const int row = thread / Tile::kPanelChunks, index = thread % Tile::kPanelChunks;
   const int first = index * Tile::kChunkColumns;
