@@ -80,8 +80,11 @@ struct RawTile {
 
   Chunk data[kRows * kRowChunks];
 
-  FA_DEVICE Chunk* chunk(int row, int index) {
+  FA_DEVICE const Chunk* chunk(int row, int index) const {
     return data + row * kRowChunks + index;
+  }
+  static FA_DEVICE uint32_t step(uint32_t from, int rows, int chunks) {
+    return from + static_cast<uint32_t>((rows * kRowChunks + chunks) * 16);
   }
 };
 
@@ -304,6 +307,15 @@ class FlashDecode {
     const int n = nth * ptx::kWarpSize + lane;
     return {n / Stage::kRowChunks, n % Stage::kRowChunks};
   }
+  // Where it is, or what it becomes, in a tile with kWidth chunks for one of a stage. A lane that
+  // stays in its column of chunks goes down by a power of two rows at a time.
+  template <int kWidth, typename AnyTile>
+  FA_DEVICE uint32_t address_of(const AnyTile& tile, int nth) const {
+    constexpr bool kStays = ptx::kWarpSize % Stage::kRowChunks == 0;
+    const Place at = place_of(kStays ? 0 : nth);
+    const uint32_t address = ptx::shared_address(tile.chunk(at.row, at.index * kWidth));
+    return kStays ? AnyTile::step(address, nth * (ptx::kWarpSize / Stage::kRowChunks), 0) : address;
+  }
 
   // Every lane knows where one row is, and copies chunks of all of them. kFirst: nothing has been
   // in this stage; else what lies beyond `columns` is zero.
@@ -327,7 +339,7 @@ class FlashDecode {
     for (int nth = 0; nth < kLaneChunks; ++nth) {
       const Place at = place_of(nth);
       const auto* row = reinterpret_cast<const Chunk*>(ptx::shuffle(own, at.row));
-      if (at.index < chunks) ptx::cp_async_16(stage.chunk(at.row, at.index), row + at.index, 16);
+      if (at.index < chunks) ptx::cp_async_16(address_of<1>(stage, nth), row + at.index, 16);
     }
   }
 
@@ -339,7 +351,7 @@ class FlashDecode {
       const int first = at.index * Stage::kChunkColumns;
       const int there = row == nullptr ? 0 : min_of(columns - first, Stage::kChunkColumns);
       // Where nothing is read, the address must still be one.
-      ptx::cp_async_16(stage.chunk(at.row, at.index), there > 0 ? row + first : base,
+      ptx::cp_async_16(address_of<1>(stage, nth), there > 0 ? row + first : base,
                        max_of(there, 0) * static_cast<int>(sizeof(C)));
     }
   }
@@ -352,7 +364,7 @@ class FlashDecode {
       const int first = at.index * Stage::kChunkColumns;
       Chunk chunk = {};
       if (row != nullptr) chunk = gather_chunk<C>(row, layout.stride, first, layout.columns);
-      ptx::store_shared(reinterpret_cast<Chunk*>(stage.chunk(at.row, at.index)), chunk);
+      ptx::store_shared(address_of<1>(stage, nth), chunk);
     }
   }
 
@@ -387,9 +399,7 @@ class FlashDecode {
     bool found = false;
 #pragma unroll
     for (int nth = 0; nth < kLaneChunks; ++nth) {
-      const Place at = place_of(nth);
-      const auto* from = reinterpret_cast<const Chunk*>(tile.chunk(at.row, at.index));
-      const Chunk chunk = ptx::load_shared(from);
+      const Chunk chunk = ptx::load_shared<Chunk>(address_of<1>(tile, nth));
 #pragma unroll
       for (int w = 0; w < 4; ++w) found |= is_nonfinite(chunk.word[w], T{});
     }
@@ -400,12 +410,11 @@ class FlashDecode {
     using Wide = WidenedChunk<T>;
 #pragma unroll
     for (int nth = 0; nth < kLaneChunks; ++nth) {
-      const Place at = place_of(nth);
-      const Wide wide(ptx::load_shared(stage.chunk(at.row, at.index)));
+      const Wide wide(ptx::load_shared<Chunk>(address_of<1>(stage, nth)));
+      const uint32_t to = address_of<Wide::kChunks>(ring.widened, nth);
 #pragma unroll
       for (int c = 0; c < Wide::kChunks; ++c) {
-        T* to = ring.widened.chunk(at.row, at.index * Wide::kChunks + c);
-        ptx::store_shared(reinterpret_cast<Chunk*>(to), wide.chunk[c]);
+        ptx::store_shared(Tile::step(to, 0, c), wide.chunk[c]);
       }
     }
   }
