@@ -173,6 +173,8 @@ def _on_cuda(query: Tensor, recorder: _Recorder, options: Mapping[str, Any]) -> 
         reasons, rejected = [f"level {_EMULATED}: {_level_in_use()[1]}"], {"cpu": "emulated"}
     rejected["sm90"] = "no kernels for sm_90 in this version: the sm_80 kernels run there"
     _add_schedules(schedule, _CUDA_SCHEDULES, options, reasons, rejected)
+    if recorder.tiles:
+        reasons.append(recorder.tiles)
     if "decode" in rejected and options.get("dropout_p"):
         rejected["decode"] = "it has no dropout"
     backend = "cuda" if query.is_cuda else "emulated"
@@ -247,6 +249,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Asks for the schedule of the attention that is called, in place of computing it."""
 
     schedule: str
+    tiles: str  # of a CUDA kernel
     dtype: torch.dtype
 
     def __torch_dispatch__(
@@ -265,7 +268,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _record(self, args: Any, kwargs: Any) -> None:
-        self.schedule = _ops.attention_schedule(*args, **kwargs)
+        self.schedule, _, self.tiles = _ops.attention_schedule(*args, **kwargs).partition(": ")
         self.dtype = args[0].dtype
 
 

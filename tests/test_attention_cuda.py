@@ -3,6 +3,8 @@
 On an emulated GPU as far as that goes (FASTATTN_CUDA=emulate).
 """
 
+import re
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -52,6 +54,7 @@ def test_explain_names_the_kernel_and_why_not_the_others(cuda):
     assert explanation.kernel.startswith(f"{backend}/sm80/")
     schedule = explanation.kernel.split("/")[-1]
     assert {"cpu", "sm90", "tile", "split tile", "decode"} - {schedule} == set(explanation.rejected)
+    assert re.match(r"tiles of \d+ rows x \d+ keys, heads in a tile: \d+", explanation.reasons[-1])
 
 
 @pytest.mark.parametrize("length", [40, 150])

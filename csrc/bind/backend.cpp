@@ -134,7 +134,13 @@ void run_backward([[maybe_unused]] const Backend& backend, const AttentionGradPa
 std::string schedule_of([[maybe_unused]] const Backend& backend, const AttentionParams& params,
                         [[maybe_unused]] const Tensor& query) {
 #ifdef FASTATTN_WITH_CUDA
-  if (backend.cuda) return cuda::attention_schedule(params, place_of(query));
+  if (backend.cuda) {
+    const cuda::ForwardChoice choice = cuda::attention_choice(params, place_of(query));
+    return std::string(choice.schedule) + ": tiles of " + std::to_string(choice.queries) +
+           " rows x " + std::to_string(choice.keys) +
+           " keys, heads in a tile: " + std::to_string(choice.heads) +
+           ", parts of the keys: " + std::to_string(choice.parts);
+  }
 #endif
   return cpu::attention_schedule(params);
 }

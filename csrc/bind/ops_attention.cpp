@@ -266,8 +266,8 @@ void attention_column_sums(Stack& stack) {
   stack.push(sums);
 }
 
-// attention_schedule(query, key, value, OPTIONS) -> the schedule that attention_forward takes, or
-// "none".
+// attention_schedule(query, key, value, OPTIONS) -> the schedule that attention_forward takes (on
+// CUDA followed by ": " and its tiles), or "none".
 void attention_schedule(Stack& stack) {
   const auto query = stack.pop<Tensor>();
   const auto key = stack.pop<Tensor>();

@@ -149,15 +149,17 @@ Status attention_forward(const AttentionParams& p, void* workspace, const Place&
   return status_of(error == cudaSuccess ? fill_unused(p, stream) : error);
 }
 
-const char* attention_schedule(const AttentionParams& p, const Place& place) {
+ForwardChoice attention_choice(const AttentionParams& p, const Place& place) {
   DeviceLimits limits = {};
   device_limits(place.device, &limits);
-  switch (choose(p, limits).schedule) {
-    case Schedule::kTile: return "tile";
-    case Schedule::kSplitTile: return "split tile";
-    case Schedule::kDecode: return "decode";
+  const Choice choice = choose(p, limits);
+  if (choice.schedule == Schedule::kDecode) {
+    const DecodeTile tile = decode_tile(static_cast<int>(dtype_size(p.dtype)), head_dim_of(p));
+    return {"decode", kDecodeRows, tile.round_keys(), choice.pack, choice.splits};
   }
-  return "";
+  const ForwardTile tile = forward_tile(p.dtype == DType::kFloat32, head_dim_of(p), has_terms(p));
+  const char* schedule = choice.schedule == Schedule::kTile ? "tile" : "split tile";
+  return {schedule, tile.queries(), tile.keys, choice.pack, choice.splits};
 }
 
 }  // namespace fastattn::cuda

@@ -25,8 +25,13 @@ constexpr int64_t kMaxHeadDim = 256;
 Status attention_forward(const AttentionParams& params, void* workspace, const Place& place);
 Status attention_backward(const AttentionGradParams& params, void* workspace, const Place& place);
 
-// Name of the schedule that attention_forward takes: "tile", "split tile", "decode".
-const char* attention_schedule(const AttentionParams& params, const Place& place);
+// What attention_forward chooses: the schedule ("tile", "split tile" or "decode"), and of its tiles
+// the rows of queries, the keys, the heads that share one, and the parts of the keys.
+struct ForwardChoice {
+  const char* schedule;
+  int32_t queries, keys, heads, parts;
+};
+ForwardChoice attention_choice(const AttentionParams& params, const Place& place);
 
 // What CUDA said about the last call in this thread that did not return Status::kOk.
 const char* last_error();
