@@ -30,13 +30,23 @@ int64_t shared_rows(const AttentionParams& p) {
 // Of a decode step: more rows than this, and the tiles of the other kernel are full enough.
 constexpr int64_t kMostDecodeRows = 2 * kDecodeRows;
 
+int element_bytes(const AttentionParams& p) {
+  return static_cast<int>(dtype_size(p.dtype));
+}
+
+int stored_bytes(const AttentionParams& p) {
+  return is_int8(p.cache) ? 1 : element_bytes(p);
+}
+
+DecodeTile decode_tile_of(const AttentionParams& p) {
+  return decode_tile(element_bytes(p), stored_bytes(p), head_dim_of(p));
+}
+
 Choice choose_decode(const AttentionParams& p, const DeviceLimits& limits) {
-  const int element = static_cast<int>(dtype_size(p.dtype)), head_dim = head_dim_of(p);
-  const int stored = is_int8(p.cache) ? 1 : element;
-  const DecodeTile tile = decode_tile(element, stored, head_dim);
-  const int blocks = decode_blocks(element, stored, head_dim, limits.shared_bytes);
+  const int blocks =
+      decode_blocks(element_bytes(p), stored_bytes(p), head_dim_of(p), limits.shared_bytes);
   const int splits = decode_splits({shared_rows(p), p.heads_kv, sequences_of(p), p.seqlen_k},
-                                   {limits.multiprocessors, blocks}, tile);
+                                   {limits.multiprocessors, blocks}, decode_tile_of(p));
   return {Schedule::kDecode, static_cast<int>(p.heads_q / p.heads_kv), splits};
 }
 
@@ -154,8 +164,7 @@ ForwardChoice attention_choice(const AttentionParams& p, const Place& place) {
   device_limits(place.device, &limits);
   const Choice choice = choose(p, limits);
   if (choice.schedule == Schedule::kDecode) {
-    const DecodeTile tile = decode_tile(static_cast<int>(dtype_size(p.dtype)), head_dim_of(p));
-    return {"decode", kDecodeRows, tile.round_keys(), choice.pack, choice.splits};
+    return {"decode", kDecodeRows, decode_tile_of(p).round_keys(), choice.pack, choice.splits};
   }
   const ForwardTile tile = forward_tile(p.dtype == DType::kFloat32, head_dim_of(p), has_terms(p));
   const char* schedule = choice.schedule == Schedule::kTile ? "tile" : "split tile";
