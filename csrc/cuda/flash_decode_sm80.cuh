@@ -5,111 +5,11 @@
 // those of the parts of a sequence do in flash_combine.cuh.
 #pragma once
 
+#include "decode_stage.cuh"
 #include "decode_tiles.h"
 #include "forward_tile.cuh"
 
 namespace fastattn::cuda {
-
-// The key that a lane looks after, in the tile that is loaded next, wherever it is kept.
-struct KeyCursor {
-  const CacheView& cache;
-  const Sequence& seq;
-  int key;             // from the first tile on
-  Columns seen;        // of these, those that may be looked for
-  int page;            // of the sequence
-  int64_t entry, row;  // of the tensors
-
-  FA_DEVICE KeyCursor(const AttentionParams& p, const Sequence& s, int64_t first_tile, int nth)
-      : cache(p.cache),
-        seq(s),
-        key(nth),
-        seen(columns_of({s.first_seen, s.len_k}, first_tile, INT32_MAX)),
-        page(0),
-        row(s.first_k + first_tile + nth) {
-    const auto most = static_cast<uint32_t>(rows_of_entry()), kept = static_cast<uint32_t>(row);
-    if (most > 0) {
-      page = static_cast<int>(kept / most);
-      row = kept % most;
-    }
-    find_entry();
-  }
-
-  // NOTE: what it reads of the block table is not needed before the next load: the table's latency
-  // passes under a product.
-  FA_DEVICE void advance(int keys) {
-    key += keys;
-    row += keys;
-    const int64_t most = rows_of_entry();
-    if (most > 0) {
-      for (; row >= most; row -= most) ++page;
-    }
-    find_entry();
-  }
-
-  // Row of a tensor that begins at `base`, or null.
-  template <typename C>
-  FA_DEVICE const C* in(const C* base, const int64_t (&stride)[5]) const {
-    return is_seen() ? base + entry * stride[0] + row * stride[3] : nullptr;
-  }
-
- private:
-  FA_DEVICE bool is_seen() const {
-    return seen.first <= key && key < seen.last;
-  }
-
-  // Of a page or of a ring; 0: rows follow one another to the end.
-  FA_DEVICE int64_t rows_of_entry() const {
-    return max_of(cache.page_rows, cache.ring_rows);
-  }
-
-  FA_DEVICE void find_entry() {
-    entry = seq.b0;
-    if (cache.page_rows > 0 && is_seen()) {
-      entry = index_at(cache.block_table, seq.index * cache.pages_per_sequence + page);
-    }
-  }
-};
-
-// Rows of an int8 cache as they are: chunk by chunk, each of interest to the lane alone that has
-// loaded it.
-template <int kRowCount, int kColumnCount>
-struct RawTile {
-  using Element = int8_t;
-  static constexpr int kRows = kRowCount, kChunkColumns = 16;
-  static constexpr int kRowChunks = kColumnCount / kChunkColumns;
-
-  Chunk data[kRows * kRowChunks];
-
-  FA_DEVICE const Chunk* chunk(int row, int index) const {
-    return data + row * kRowChunks + index;
-  }
-  static FA_DEVICE uint32_t step(uint32_t from, int rows, int chunks) {
-    return from + static_cast<uint32_t>((rows * kRowChunks + chunks) * 16);
-  }
-};
-
-// 16 numbers of int8, as numbers of T.
-template <typename T>
-struct WidenedChunk {
-  static constexpr int kChunks = sizeof(T);
-  Chunk chunk[kChunks];
-
-  FA_DEVICE explicit WidenedChunk(const Chunk& raw) {
-#pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      float x[4];
-#pragma unroll
-      for (int c = 0; c < 4; ++c) x[c] = static_cast<int8_t>(raw.word[w] >> 8 * c);
-      if constexpr (sizeof(T) == 4) {
-#pragma unroll
-        for (int c = 0; c < 4; ++c) chunk[w].word[c] = __float_as_uint(x[c]);
-      } else {
-        chunk[w / 2].word[w % 2 * 2] = ptx::pack(x[0], x[1], T{});
-        chunk[w / 2].word[w % 2 * 2 + 1] = ptx::pack(x[2], x[3], T{});
-      }
-    }
-  }
-};
 
 // C: what keys and values are stored as, T or int8_t.
 template <typename TypeT, typename TypeC, int kDim>
@@ -173,6 +73,7 @@ class FlashDecode {
         thread(static_cast<int>(threadIdx.x)),
         warp(static_cast<int>(threadIdx.x / ptx::kWarpSize)),
         lane(static_cast<int>(threadIdx.x % ptx::kWarpSize)),
+        chunks{lane},
         ring(memory.ring[warp]),
         has_terms(cuda::has_terms(p)) {}
 
@@ -235,7 +136,7 @@ class FlashDecode {
     // Does V hold what must not reach the rows that do not see it?
     bool may_leak = false;
     if constexpr (kMasked && !Config::kInt8) {
-      may_leak = ptx::any_in_warp(own_chunks_are_nonfinite(ring.value[slot]));
+      may_leak = ptx::any_in_warp(chunks.hold_nonfinite(ring.value[slot]));
     }
     const Tile& value = arrived(ring.value[slot]);
     state.step(scores, unit(), acc_o);
@@ -299,73 +200,11 @@ class FlashDecode {
            plan.head_kv * tensor.stride[2];
   }
 
-  // The nth of this lane's chunks of a tile.
-  struct Place {
-    int row, index;
-  };
-  FA_DEVICE Place place_of(int nth) const {
-    const int n = nth * ptx::kWarpSize + lane;
-    return {n / Stage::kRowChunks, n % Stage::kRowChunks};
-  }
-  // Where it is, or what it becomes, in a tile with kWidth chunks for one of a stage. A lane that
-  // stays in its column of chunks goes down by a power of two rows at a time.
-  template <int kWidth, typename AnyTile>
-  FA_DEVICE uint32_t address_of(const AnyTile& tile, int nth) const {
-    constexpr bool kStays = ptx::kWarpSize % Stage::kRowChunks == 0;
-    const Place at = place_of(kStays ? 0 : nth);
-    const uint32_t address = ptx::shared_address(tile.chunk(at.row, at.index * kWidth));
-    return kStays ? AnyTile::step(address, nth * (ptx::kWarpSize / Stage::kRowChunks), 0) : address;
-  }
-
-  // Every lane knows where one row is, and copies chunks of all of them. kFirst: nothing has been
-  // in this stage; else what lies beyond `columns` is zero.
   template <bool kFirst>
   FA_DEVICE void load_rows(Stage& stage, const KeyCursor& cursor, const ConstTensor& tensor,
                            const ColumnLayout& layout) {
     const C* base = head_of<C>(tensor);
-    const auto own = reinterpret_cast<uint64_t>(cursor.in(base, tensor.stride));
-    if (!layout.is_chunked) {
-      gather_rows(stage, own, layout);
-    } else if (kFirst || layout.columns % Stage::kChunkColumns != 0 || ptx::any_in_warp(own == 0)) {
-      copy_some(stage, own, base, layout.columns);
-    } else {
-      copy_whole(stage, own, layout.columns);
-    }
-  }
-
-  FA_DEVICE void copy_whole(Stage& stage, uint64_t own, int columns) {
-    const int chunks = columns / Stage::kChunkColumns;
-#pragma unroll 8
-    for (int nth = 0; nth < kLaneChunks; ++nth) {
-      const Place at = place_of(nth);
-      const auto* row = reinterpret_cast<const Chunk*>(ptx::shuffle(own, at.row));
-      if (at.index < chunks) ptx::cp_async_16(address_of<1>(stage, nth), row + at.index, 16);
-    }
-  }
-
-  FA_DEVICE void copy_some(Stage& stage, uint64_t own, const C* base, int columns) {
-#pragma unroll 1
-    for (int nth = 0; nth < kLaneChunks; ++nth) {
-      const Place at = place_of(nth);
-      const C* row = reinterpret_cast<const C*>(ptx::shuffle(own, at.row));
-      const int first = at.index * Stage::kChunkColumns;
-      const int there = row == nullptr ? 0 : min_of(columns - first, Stage::kChunkColumns);
-      // Where nothing is read, the address must still be one.
-      ptx::cp_async_16(address_of<1>(stage, nth), there > 0 ? row + first : base,
-                       max_of(there, 0) * static_cast<int>(sizeof(C)));
-    }
-  }
-
-  FA_DEVICE void gather_rows(Stage& stage, uint64_t own, const ColumnLayout& layout) {
-#pragma unroll 1
-    for (int nth = 0; nth < kLaneChunks; ++nth) {
-      const Place at = place_of(nth);
-      const C* row = reinterpret_cast<const C*>(ptx::shuffle(own, at.row));
-      const int first = at.index * Stage::kChunkColumns;
-      Chunk chunk = {};
-      if (row != nullptr) chunk = gather_chunk<C>(row, layout.stride, first, layout.columns);
-      ptx::store_shared(address_of<1>(stage, nth), chunk);
-    }
+    chunks.template load<kFirst>(stage, cursor.in(base, tensor.stride), base, layout);
   }
 
   FA_DEVICE float scale_at(const KeyCursor& cursor, const ConstTensor& scale) const {
@@ -385,37 +224,12 @@ class FlashDecode {
   // A tile that this lane's copies have reached, once those of the others have.
   FA_DEVICE const Tile& arrived(Stage& stage) {
     if constexpr (Config::kInt8) {
-      widen(stage);
+      chunks.widen(stage, ring.widened);
       ptx::sync_warp();
       return ring.widened;
     } else {
       ptx::sync_warp();
       return stage;
-    }
-  }
-
-  // Whether infinity or NaN is in the chunks that this lane has copied.
-  FA_DEVICE bool own_chunks_are_nonfinite(const Tile& tile) const {
-    bool found = false;
-#pragma unroll
-    for (int nth = 0; nth < kLaneChunks; ++nth) {
-      const Chunk chunk = ptx::load_shared<Chunk>(address_of<1>(tile, nth));
-#pragma unroll
-      for (int w = 0; w < 4; ++w) found |= is_nonfinite(chunk.word[w], T{});
-    }
-    return found;
-  }
-
-  FA_DEVICE void widen(Stage& stage) {
-    using Wide = WidenedChunk<T>;
-#pragma unroll
-    for (int nth = 0; nth < kLaneChunks; ++nth) {
-      const Wide wide(ptx::load_shared<Chunk>(address_of<1>(stage, nth)));
-      const uint32_t to = address_of<Wide::kChunks>(ring.widened, nth);
-#pragma unroll
-      for (int c = 0; c < Wide::kChunks; ++c) {
-        ptx::store_shared(Tile::step(to, 0, c), wide.chunk[c]);
-      }
     }
   }
 
@@ -485,15 +299,13 @@ class FlashDecode {
     }
   }
 
-  static constexpr int kLaneChunks = Stage::kRows * Stage::kRowChunks / ptx::kWarpSize;
-  static_assert(kLaneChunks * ptx::kWarpSize == Stage::kRows * Stage::kRowChunks);
-
   const ForwardParams& params;
   const AttentionParams& p;
   typename Config::Shared& shared;
   const ForwardPlan& plan;
   const Sequence& seq;
   const int thread, warp, lane;
+  const LaneChunks<Stage, C> chunks;
   typename Config::Ring& ring;
   const bool has_terms;
   float key_scale = 0, value_scale = 0;  // of int8: on their way to the ring
