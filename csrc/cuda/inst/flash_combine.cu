@@ -9,7 +9,7 @@ template <typename T>
 cudaError_t launch_flash_combine(const ForwardParams& params, cudaStream_t stream) {
   const AttentionParams& p = params.attention;
   const int64_t blocks = p.batch0 * p.batch1 * p.heads_q * p.seqlen_q;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  if (blocks > INT32_MAX || params.splits > kMaxSplits) return cudaErrorInvalidConfiguration;
   return launch(flash_combine<T>,
                 {static_cast<unsigned>(blocks), kCombineThreads, sizeof(CombineShared), stream},
                 params);
