@@ -1,4 +1,6 @@
 // The backward pass on the host: which kernels run, and over which workspace.
+#include <numbers>
+
 #include "backward_kernels.h"
 #include "device.cuh"
 #include "fastattn/cuda_api.h"
@@ -8,6 +10,7 @@
 namespace fastattn::cuda {
 namespace {
 
+// Of lse2, and of delta.
 int64_t stats_rows(const AttentionParams& p) {
   return p.heads_q * padded_rows(p) + kRowSlack;
 }
@@ -15,23 +18,6 @@ int64_t stats_rows(const AttentionParams& p) {
 bool are_pairs(const AttentionParams& p, const MutableTensor& dkey, int64_t columns) {
   const int64_t sizes[4] = {p.batch0, p.batch1, p.heads_kv, max_of(p.seqlen_k, p.total_k)};
   return columns % 2 == 0 && is_aligned(dkey.data, dkey.stride, sizes, dtype_size(p.dtype), 2);
-}
-
-BackwardParams backward_params(const AttentionGradParams& g, void* workspace) {
-  const AttentionParams& p = g.forward;
-  BackwardParams params = {};
-  params.gradient = g;
-  params.query = query_layout(p, p.query, p.head_dim);
-  params.key = key_layout(p, p.key, p.head_dim);
-  params.value = key_layout(p, p.value, p.head_dim_v);
-  params.out = query_layout(p, p.out, p.head_dim_v);
-  params.dout = query_layout(p, g.dout, p.head_dim_v);
-  params.has_paired_dquery = is_paired(p, g.dquery, p.head_dim);
-  params.has_paired_dkey = are_pairs(p, g.dkey, p.head_dim);
-  params.has_paired_dvalue = are_pairs(p, g.dvalue, p.head_dim_v);
-  params.stats = static_cast<RowStats*>(workspace);
-  params.padded_rows = padded_rows(p);
-  return params;
 }
 
 template <typename T, typename Run>
@@ -54,6 +40,48 @@ cudaError_t run_for(const AttentionParams& p, const Run& run) {
   }
 }
 
+// Whether one kernel computes dK, dV and dQ. Its sums of dQ have no fixed order.
+bool is_fused(const AttentionGradParams& g, const DeviceLimits& limits) {
+  const AttentionParams& p = g.forward;
+  if (g.deterministic || g.dquery.data == nullptr || g.dkey.data == nullptr) return false;
+  bool fits = false;
+  run_for(p, [&]<typename T, int kHeadDim>() {
+    if constexpr (sizeof(T) == 2) {
+      fits = dkdvdq_shared_bytes<T, kHeadDim>(has_terms(p)) <=
+             static_cast<size_t>(limits.shared_bytes);
+    }
+    return cudaSuccess;
+  });
+  return fits;
+}
+
+int64_t sums_of_dquery(const AttentionParams& p) {
+  return p.heads_q * padded_rows(p) * head_dim_of(p);
+}
+
+BackwardParams backward_params(const AttentionGradParams& g, bool fused, void* workspace) {
+  const AttentionParams& p = g.forward;
+  BackwardParams params = {};
+  params.gradient = g;
+  params.query = query_layout(p, p.query, p.head_dim);
+  params.key = key_layout(p, p.key, p.head_dim);
+  params.value = key_layout(p, p.value, p.head_dim_v);
+  params.out = query_layout(p, p.out, p.head_dim_v);
+  params.dout = query_layout(p, g.dout, p.head_dim_v);
+  params.has_paired_dquery = is_paired(p, g.dquery, p.head_dim);
+  params.has_paired_dkey = are_pairs(p, g.dkey, p.head_dim);
+  params.has_paired_dvalue = are_pairs(p, g.dvalue, p.head_dim_v);
+  params.scale = static_cast<float>(p.scale);
+  params.inner_scale = p.softcap != 0 ? static_cast<float>(p.scale / p.softcap) : 0.0f;
+  params.unit = (has_terms(p) ? 1.0f : params.scale) * std::numbers::log2e_v<float>;
+  params.survivor = p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
+  params.lse2 = static_cast<float*>(workspace);
+  params.delta = params.lse2 + stats_rows(p);
+  params.padded_rows = padded_rows(p);
+  params.dquery_sums = fused ? params.delta + stats_rows(p) : nullptr;
+  return params;
+}
+
 // Zeros in the packed rows that belong to no sequence.
 cudaError_t clear_unused(const AttentionParams& p, const MutableTensor& gradient, bool of_queries,
                          int64_t columns, cudaStream_t stream) {
@@ -73,20 +101,44 @@ cudaError_t clear_unused_rows(const AttentionGradParams& g, cudaStream_t stream)
   return error;
 }
 
+template <typename T, int kHeadDim>
+cudaError_t run_fused(const BackwardParams& params, cudaStream_t stream) {
+  const size_t bytes = static_cast<size_t>(sums_of_dquery(params.gradient.forward)) * sizeof(float);
+  const cudaError_t error = cudaMemsetAsync(params.dquery_sums, 0, bytes, stream);
+  return error == cudaSuccess ? launch_flash_bwd_dkdvdq_sm80<T, kHeadDim>(params, stream) : error;
+}
+
+template <typename T, int kHeadDim>
+cudaError_t run_in_order(const BackwardParams& params, cudaStream_t stream) {
+  const AttentionGradParams& g = params.gradient;
+  cudaError_t error = cudaSuccess;
+  if (g.dkey.data != nullptr) error = launch_flash_bwd_dkdv_sm80<T, kHeadDim>(params, stream);
+  if (error == cudaSuccess && g.dquery.data != nullptr) {
+    error = launch_flash_bwd_dq_sm80<T, kHeadDim>(params, stream);
+  }
+  return error;
+}
+
+template <typename T, int kHeadDim>
+cudaError_t run_kernels(const BackwardParams& params, cudaStream_t stream) {
+  cudaError_t error = launch_flash_bwd_prepare<T>(params, stream);
+  if (error != cudaSuccess) return error;
+  if constexpr (sizeof(T) == 2) {
+    error = params.dquery_sums != nullptr ? run_fused<T, kHeadDim>(params, stream)
+                                          : run_in_order<T, kHeadDim>(params, stream);
+  } else {
+    error = run_in_order<T, kHeadDim>(params, stream);
+  }
+  if (error == cudaSuccess && params.gradient.dbias.data != nullptr) {
+    error = launch_flash_bwd_dbias_sm80<T, kHeadDim>(params, stream);
+  }
+  return error;
+}
+
 cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
   const AttentionGradParams& g = params.gradient;
   cudaError_t error = run_for(g.forward, [&]<typename T, int kHeadDim>() {
-    cudaError_t status = launch_flash_bwd_prepare<T>(params, stream);
-    if (status == cudaSuccess && g.dkey.data != nullptr) {
-      status = launch_flash_bwd_dkdv_sm80<T, kHeadDim>(params, stream);
-    }
-    if (status == cudaSuccess && g.dquery.data != nullptr) {
-      status = launch_flash_bwd_dq_sm80<T, kHeadDim>(params, stream);
-    }
-    if (status == cudaSuccess && g.dbias.data != nullptr) {
-      status = launch_flash_bwd_dbias_sm80<T, kHeadDim>(params, stream);
-    }
-    return status;
+    return run_kernels<T, kHeadDim>(params, stream);
   });
   if (error == cudaSuccess && g.dsink.data != nullptr) {
     error = launch_flash_bwd_sink(params, stream);
@@ -96,15 +148,21 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
 
 }  // namespace
 
-size_t attention_backward_workspace(const AttentionGradParams& g, const Place& /*place*/) {
-  return static_cast<size_t>(stats_rows(g.forward)) * sizeof(RowStats);
+size_t attention_backward_workspace(const AttentionGradParams& g, const Place& place) {
+  DeviceLimits limits = {};
+  if (device_limits(place.device, &limits) != cudaSuccess) return 0;  // the op will say why
+  const int64_t sums = is_fused(g, limits) ? sums_of_dquery(g.forward) : 0;
+  return static_cast<size_t>(2 * stats_rows(g.forward) + sums) * sizeof(float);
 }
 
 Status attention_backward(const AttentionGradParams& g, void* workspace, const Place& place) {
+  DeviceLimits limits = {};
+  const cudaError_t error = device_limits(place.device, &limits);
+  if (error != cudaSuccess) return status_of(error);
   const DeviceGuard guard(place.device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
-  return status_of(
-      run_backward(backward_params(g, workspace), static_cast<cudaStream_t>(place.stream)));
+  const BackwardParams params = backward_params(g, is_fused(g, limits), workspace);
+  return status_of(run_backward(params, static_cast<cudaStream_t>(place.stream)));
 }
 
 }  // namespace fastattn::cuda

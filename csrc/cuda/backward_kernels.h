@@ -17,6 +17,13 @@ cudaError_t launch_flash_bwd_dq_sm80(BackwardParams params, cudaStream_t stream)
 template <typename T, int kHeadDim>
 cudaError_t launch_flash_bwd_dbias_sm80(BackwardParams params, cudaStream_t stream);
 
+// dK, dV and, into zeroed dquery_sums, dQ; T: bf16, f16. Then the bytes of shared memory that
+// takes.
+template <typename T, int kHeadDim>
+cudaError_t launch_flash_bwd_dkdvdq_sm80(BackwardParams params, cudaStream_t stream);
+template <typename T, int kHeadDim>
+size_t dkdvdq_shared_bytes(bool has_terms);
+
 cudaError_t launch_flash_bwd_sink(const BackwardParams& params, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

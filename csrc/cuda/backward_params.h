@@ -5,26 +5,28 @@
 
 namespace fastattn::cuda {
 
-// What the backward pass needs to know of a query row. A row that saw nothing, or takes no part,
-// has lse2 = infinity: its weights exp2(s - lse2) are all 0.
-struct RowStats {
-  float lse2;   // log2 of the sum of the weights
-  float delta;  // sum_d dout * out - dlse
-};
-
 struct BackwardParams {
   AttentionGradParams gradient;
   ColumnLayout query, key, value, out, dout;
   bool has_paired_dquery, has_paired_dkey, has_paired_dvalue;  // see ForwardParams
   int32_t tiles;  // of the rows or keys that the blocks of this kernel own, per head
-  // (heads_q, padded_rows), overwritten by flash_bwd_prepare: see padded_row().
-  RowStats* stats;
+  // Softmax runs on the products with this unit, or, where they have terms, on the scores.
+  float unit;
+  float scale, inner_scale;  // of the products; the same divided by softcap
+  float survivor;            // what dropout multiplies the weights by that it keeps
+  // Of each query row, (heads_q, padded_rows), overwritten by flash_bwd_prepare; see padded_row().
+  // A row that saw nothing, or takes no part, has lse2 = infinity: its weights exp2(s - lse2) are
+  // 0.
+  float* lse2;   // log2 of the sum of the weights
+  float* delta;  // sum_d dout * out - dlse
   int64_t padded_rows;
+  // (heads_q, padded_rows, head_dim of the kernel) in the order of dq_fragment(), zero at first:
+  // where the kernel for dK and dV adds dQ / scale. Null where another kernel owns dQ.
+  float* dquery_sums;
 };
 
-// The rows of every sequence begin at a multiple of this, so that 16 bytes of RowStats, or of a
-// gradient's row, begin at a multiple of 16.
-constexpr int64_t kRowAlignment = 4;
+// The rows of every sequence begin at a multiple of this: those of an accumulator belong to one.
+constexpr int64_t kRowAlignment = 16;
 // So many rows behind the last one may be read, by tiles that reach beyond their sequence; what
 // they hold means nothing.
 constexpr int64_t kRowSlack = 128;
@@ -38,6 +40,10 @@ FA_INLINE int64_t padded_row(const AttentionParams& p, int64_t index, int64_t fi
 }
 FA_INLINE int64_t padded_rows(const AttentionParams& p) {
   return padded_row(p, p.batch0 * p.batch1, p.total_q);
+}
+// Where row 0 of a sequence and head lies in lse2 and delta.
+FA_INLINE int64_t padded_origin(const BackwardParams& params, const Sequence& seq, int64_t head) {
+  return head * params.padded_rows + padded_row(params.gradient.forward, seq.index, seq.first_q);
 }
 
 // Row i of a sequence in query, out, lse, or a gradient of theirs.

@@ -18,6 +18,7 @@ namespace fastattn::cuda {
 // Where the part of a tile of scores lies that a warp has.
 template <bool kKeysAreRows>
 struct ScorePlace {
+  const BackwardParams& params;
   const AttentionParams& p;
   const Sequence& seq;
   int64_t head, first_row, first_column;
@@ -60,24 +61,19 @@ struct BackwardScores {
   // What hides a key, and what is added to its score.
   FA_DEVICE void mask_tile(const ScorePlace<kKeysAreRows>& place) {
     if constexpr (kTerms) {
-      const ScoreTerms terms(place.p, place.seq);
-      weights.for_each([&](int m, int n, int e, float& x) {
-        const int64_t i = place.query(m, n, e), j = place.key(m, n, e);
-        float slope = 1.0f;
-        if (i < place.seq.len_q && j < place.seq.len_k) {
-          x = terms.score(x, place.head, i, j, &slope);
-        }
-        slopes.x[m][n][e] = slope;
-      });
+      apply_softcap(place.params);
+      if (place.p.bias.data != nullptr) add_bias(place);
+      if (place.p.alibi_slopes.data != nullptr) add_alibi(place);
+      if (place.p.mask.data != nullptr) apply_mask(place);
     }
     hide_columns(weights, [&](int row) { return place.seen(row, 8 * kN); });
   }
 
-  // `stats(m, n, e)`: those of the query of an element. kMasked: some scores are hidden.
-  template <bool kMasked, typename Stats>
-  FA_DEVICE void recompute_p(float unit, const Stats& stats) {
+  // `lse2(m, n, e)`: of the query of an element. kMasked: some scores are hidden.
+  template <bool kMasked, typename OfQuery>
+  FA_DEVICE void recompute_p(float unit, const OfQuery& lse2) {
     weights.for_each([&](int m, int n, int e, float& x) {
-      const float weight = ptx::exp2(fmaf(x, unit, -stats(m, n, e).lse2));
+      const float weight = ptx::exp2(fmaf(x, unit, -lse2(m, n, e)));
       // A lse of NaN belongs to those who saw the NaN.
       x = kMasked && x == -infinity() ? 0.0f : weight;
     });
@@ -88,46 +84,117 @@ struct BackwardScores {
     const Dropout dropout(place.p);
     const int64_t head = place.seq.index * place.p.heads_q + place.head;
     weights.for_each([&](int m, int n, int e, float& x) {
-      x = with_dropped(x, dropout.keep(place.key(m, n, e), place.query(m, n, e), head) == 0);
+      x = with_dropped(x, dropout.drops(place.key(m, n, e), place.query(m, n, e), head));
     });
   }
 
-  // What dropout multiplies the weights by that it keeps.
-  static FA_DEVICE float survivor_of(const AttentionParams& p) {
-    return kTerms && p.dropout_p != 0 ? Dropout(p).survivor : 1.0f;
-  }
-
   // dP -> dS.
-  template <bool kMasked, typename Stats>
-  FA_DEVICE void to_ds(Tile& dp, float survivor, const Stats& stats) const {
+  template <bool kMasked, typename OfQuery>
+  FA_DEVICE void to_ds(Tile& dp, float survivor, const OfQuery& delta) const {
     dp.for_each([&](int m, int n, int e, float& x) {
-      const float weight = weights.x[m][n][e], delta = stats(m, n, e).delta;
+      const float weight = weights.x[m][n][e];
       if constexpr (kTerms) x = is_dropped(weight) ? 0.0f : x * survivor;
-      const float ds = fabsf(weight) * (x - delta);
+      const float ds = fabsf(weight) * (x - delta(m, n, e));
       x = kMasked && weight == 0 ? 0.0f : ds;
     });
   }
 
-  // dS of the scores -> of the products times scale.
-  FA_DEVICE void through_softcap(Tile& ds) const {
+  // From now on, dS of the products times scale.
+  FA_DEVICE void through_softcap() {
     if constexpr (kTerms) {
-      ds.for_each(
-          [&](int m, int n, int e, float& x) { x = x == 0 ? 0.0f : x * slopes.x[m][n][e]; });
+      weights.for_each(
+          [&](int m, int n, int e, float& x) { x = x == 0 ? x : x * slopes.x[m][n][e]; });
     }
   }
 
-  // P -> D P, the weights that the values had.
-  FA_DEVICE void keep_survivors(float survivor) {
+  // D P, the weights that the values had.
+  FA_DEVICE Tile survivors(float survivor) const {
+    Tile kept = weights;
     if constexpr (kTerms) {
-      weights.for_each([&](int, int, int, float& x) { x = is_dropped(x) ? 0.0f : x * survivor; });
+      kept.for_each([&](int, int, int, float& x) { x = is_dropped(x) ? 0.0f : x * survivor; });
     }
+    return kept;
+  }
+
+ private:
+  // The slope of a hidden score may be anything.
+  FA_DEVICE void apply_softcap(const BackwardParams& params) {
+    const float softcap = static_cast<float>(params.gradient.forward.softcap);
+    if (softcap == 0) {
+      weights.for_each([&](int, int, int, float& x) { x *= params.scale; });
+      slopes.for_each([](int, int, int, float& slope) { slope = 1.0f; });
+      return;
+    }
+    weights.for_each([&](int m, int n, int e, float& x) {
+      const float t = tanhf(x * params.inner_scale);
+      x = softcap * t;
+      slopes.x[m][n][e] = 1.0f - t * t;
+    });
+  }
+
+  FA_DEVICE void add_bias(const ScorePlace<kKeysAreRows>& place) {
+    for_each_seen(place, place.p.bias, [&](float& x, int64_t index) {
+      const float b = load_bias(place.p.bias.data, place.p.bias_dtype, index);
+      x = b == -infinity() ? b : x + b;
+    });
+  }
+
+  FA_DEVICE void apply_mask(const ScorePlace<kKeysAreRows>& place) {
+    const auto* mask = static_cast<const uint8_t*>(place.p.mask.data);
+    for_each_seen(place, place.p.mask, [&](float& x, int64_t index) {
+      if (mask[index] == 0) x = -infinity();
+    });
+  }
+
+  FA_DEVICE void add_alibi(const ScorePlace<kKeysAreRows>& place) {
+    const ConstTensor& t = place.p.alibi_slopes;
+    const float slope = static_cast<const float*>(
+        t.data)[offset_of(t.stride, place.seq.b0, place.seq.b1, place.head)];
+    weights.for_each([&](int m, int n, int e, float& x) {
+      const int64_t distance = place.key(m, n, e) - place.query(m, n, e) + place.seq.diagonal;
+      x -= slope * fabsf(static_cast<float>(distance));
+    });
+  }
+
+  // body(x, index): with that of its element of a tensor of scores, for those that have one.
+  template <typename Body>
+  FA_DEVICE void for_each_seen(const ScorePlace<kKeysAreRows>& place, const ConstTensor& t,
+                               const Body& body) {
+    const int64_t origin = offset_of(t.stride, place.seq.b0, place.seq.b1, place.head);
+    weights.for_each([&](int m, int n, int e, float& x) {
+      const int64_t i = place.query(m, n, e), j = place.key(m, n, e);
+      if (i >= place.seq.len_q || j >= place.seq.len_k) return;
+      body(x, origin + i * t.stride[3] + j * t.stride[4]);
+    });
   }
 };
 
-// Softmax runs on the products with this unit where there are no terms.
-template <bool kTerms>
-FA_DEVICE float score_unit(const AttentionParams& p) {
-  return kTerms ? kLog2e : static_cast<float>(p.scale) * kLog2e;
+// Of a query whose dO, and so whose delta, is not finite: the weights that it has are NaN, and
+// become the gradients of the values that it sees.
+template <int kM, int kN, typename OfQuery>
+FA_DEVICE void spread_nonfinite(Accumulator<kM, kN>& weights, const OfQuery& delta) {
+  weights.for_each(
+      [&](int m, int n, int e, float& x) { x = x == 0 ? 0.0f : fmaf(0.0f, delta(m, n, e), x); });
+}
+
+// Infinities and NaN in this thread's share of a tile become 0, so that 0 times them is 0. By then
+// the scores have met them: who saw them has NaN.
+template <int kThreads, typename Tile>
+FA_DEVICE void clear_nonfinite(Tile& tile, int thread) {
+  using T = typename Tile::Element;
+  for_each_chunk<kThreads, Tile>(thread, [&](int r, int index) {
+    auto* at = reinterpret_cast<Chunk*>(tile.chunk(r, index));
+    Chunk chunk = ptx::load_shared(at);
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      if constexpr (sizeof(T) == 4) {
+        if (is_nonfinite(chunk.word[w], T{})) chunk.word[w] = 0;
+      } else {
+        chunk.word[w] &= ~nonfinite_mask<T>(chunk.word[w]);
+      }
+    }
+    ptx::store_shared(at, chunk);
+  });
 }
 
 }  // namespace fastattn::cuda

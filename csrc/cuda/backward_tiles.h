@@ -4,10 +4,10 @@
 
 namespace fastattn::cuda {
 
-// Of the gradients of keys and values: warps, 16-key tiles of a warp, queries of a step, steps in
-// shared memory at a time.
+// Of the gradients of keys and values: warps, 16-key tiles of a warp, queries of a step, those of
+// them that a warp has the scores of at a time, steps in shared memory at a time.
 struct DkDvTile {
-  int warps, row_tiles, queries, stages;
+  int warps, row_tiles, queries, part, stages;
 
   constexpr int keys() const {
     return 16 * warps * row_tiles;
@@ -21,13 +21,24 @@ constexpr bool dkdv_in_one_pass(int head_dim) {
 
 constexpr DkDvTile dkdv_tile(bool is_float32, int head_dim, bool has_terms) {
   if (is_float32) {
-    if (head_dim <= 64) return {4, 1, 32, 1};
-    if (head_dim <= 128) return {4, 1, 16, 1};
-    return {2, 1, 16, 1};
+    if (head_dim <= 64) return {4, 1, 32, 32, 1};
+    if (head_dim <= 128) return {4, 1, 16, 16, 1};
+    return {2, 1, 16, 16, 1};
   }
-  if (head_dim > 128) return {4, 1, 32, 1};
-  if (head_dim > 64) return {4, 1, has_terms ? 32 : 64, 2};
-  return has_terms ? DkDvTile{4, 1, 64, 2} : DkDvTile{4, 2, 32, 2};
+  if (head_dim > 128) return {4, 1, 32, 32, 1};
+  // dK and dV of 16 keys take 128 registers at head_dim 128: beside them 64 scores a row spill.
+  if (head_dim > 96) return {4, 1, 64, 32, 2};
+  if (head_dim > 64) return {4, 1, 64, has_terms ? 32 : 64, 2};
+  // Every fragment of Q and dO serves 32 keys.
+  return has_terms ? DkDvTile{4, 1, 64, 64, 2} : DkDvTile{4, 2, 32, 32, 2};
+}
+
+// The same where the kernel adds dQ as well. Every tile of keys adds to all of dQ: the more keys,
+// the fewer sums. 8 warps take 145 KB; where a chip has less, dQ has a kernel of its own.
+constexpr DkDvTile dkdvdq_tile(int head_dim, bool has_terms) {
+  DkDvTile tile = dkdv_tile(false, head_dim, has_terms);
+  if (96 < head_dim && head_dim <= 128) tile.warps = 8;
+  return tile;
 }
 
 // Of the gradients of queries: warps, 16-query tiles of a warp, keys of a step, steps in shared
@@ -48,7 +59,7 @@ constexpr DqTile dq_tile(bool is_float32, int head_dim, bool has_terms) {
   }
   if (head_dim > 128) return {4, 1, 32, 1};
   if (has_terms) return {4, 1, head_dim > 96 ? 32 : 64, 2};
-  return {4, 2, head_dim > 64 ? 32 : 64, 2};
+  return {4, 2, 32, 2};
 }
 
 // Of the gradient of the bias: warps (16 queries each) and keys.

@@ -15,11 +15,12 @@ struct DbiasPlan {
 
   FA_DEVICE DbiasPlan(const AttentionGradParams& g, int queries, int keys) {
     const AttentionParams& p = g.forward;
-    int64_t index = blockIdx.x;
+    uint32_t index = blockIdx.x;
     const auto share_of = [&](int dim, int64_t size) -> Range {
       if (g.dbias.stride[dim] == 0) return {0, size};
-      const int64_t at = index % size;
-      index /= size;
+      // Divisions are of 32 bits: those of 64 are calls.
+      const uint32_t count = static_cast<uint32_t>(size), at = index % count;
+      index /= count;
       return {at, at + 1};
     };
     blocks = share_of(4, ceil_div(p.seqlen_k, keys));
@@ -113,18 +114,22 @@ class FlashDbias {
 
   FA_DEVICE void add_tile(int64_t head, int64_t first_query, int64_t first_key) {
     load_operands(head, first_query, first_key);
-    const RowStats* row_stats = params.stats + head * params.padded_rows +
-                                padded_row(p, seq.index, seq.first_q) + first_query + warp_row;
-    const RowStats both[2] = {row_stats[row_of(0, 0)], row_stats[row_of(0, 2)]};
-    const auto stats = [&](int, int, int e) { return both[e / 2]; };
-    const ScorePlace<false> place = {p, seq, head, first_query + warp_row, first_key};
+    const int64_t origin = padded_origin(params, seq, head) + first_query + warp_row;
+    const auto of_row = [&](const float* of_rows, int half) {
+      return of_rows[origin + row_of(0, 2 * half)];
+    };
+    const float row_lse2[2] = {of_row(params.lse2, 0), of_row(params.lse2, 1)};
+    const float row_delta[2] = {of_row(params.delta, 0), of_row(params.delta, 1)};
+    const auto lse2 = [&](int, int, int e) { return row_lse2[e / 2]; };
+    const auto delta = [&](int, int, int e) { return row_delta[e / 2]; };
+    const ScorePlace<false> place = {params, p, seq, head, first_query + warp_row, first_key};
     Scores scores;
     scores.weights.set_zero();
     ptx::cp_async_wait<1>();
     ptx::sync_block();  // Q and K are there
     multiply_rows(scores.weights, shared.operands.query, warp_row, shared.operands.key, 0);
     scores.mask_tile(place);
-    scores.template recompute_p<true>(kLog2e, stats);
+    scores.template recompute_p<true>(params.unit, lse2);
     scores.drop(place);
     Tile ds;
     ds.set_zero();
@@ -132,13 +137,14 @@ class FlashDbias {
     ptx::sync_block();  // dO and V are there
     multiply_rows(ds, shared.operands.dout, warp_row, shared.operands.value, 0);
     ptx::sync_block();  // all are used up
-    scores.template to_ds<true>(ds, Scores::survivor_of(p), stats);
+    scores.template to_ds<true>(ds, params.survivor, delta);
     total.for_each([&](int m, int n, int e, float& x) { x += ds.x[m][n][e]; });
   }
 
   FA_DEVICE void load_operands(int64_t head, int64_t first_query, int64_t first_key) {
     const QueryTile tile = {head, first_query, 1};
-    const int64_t head_kv = head / (p.heads_q / p.heads_kv);
+    const uint32_t group = static_cast<uint32_t>(p.heads_q) / static_cast<uint32_t>(p.heads_kv);
+    const int64_t head_kv = static_cast<uint32_t>(head) / group;
     load_rows(shared.operands.query, params.query, QueryTileRows<T>(p.query, seq, tile, seq.len_q));
     load_keys(shared.operands.key, p.key, params.key, head_kv, first_key);
     ptx::cp_async_commit();

@@ -4,9 +4,12 @@
 //
 //   P^T = exp(K Q^T - lse);  dP^T = V dO^T;  dS^T = P^T * (dP^T - delta)
 //   dV += P^T dO;  dK += dS^T Q
+//
+// Where equal calls need not give equal bits, it adds its share to dQ too: 5 products instead of 7.
 #pragma once
 
 #include "backward_scores.cuh"
+#include "dq_share.cuh"
 
 namespace fastattn::cuda {
 
@@ -20,10 +23,12 @@ struct DkDvPlan {
 
   FA_DEVICE DkDvPlan(const BackwardParams& params, int keys, int queries) {
     const AttentionParams& p = params.gradient.forward;
+    // Divisions are of 32 bits: those of 64 are calls.
     const uint32_t nth = blockIdx.x % params.tiles, index = blockIdx.x / params.tiles;
-    head_kv = index % p.heads_kv;
-    seq = sequence_at(p, index / p.heads_kv);
-    group = static_cast<int>(p.heads_q / p.heads_kv);
+    const uint32_t heads = static_cast<uint32_t>(p.heads_kv);
+    head_kv = index % heads;
+    seq = sequence_at(p, index / heads);
+    group = static_cast<int>(static_cast<uint32_t>(p.heads_q) / heads);
     first_head = head_kv * group;
     first_key = static_cast<int64_t>(nth) * keys;
     first_block = last_block = first_interior = last_interior = 0;
@@ -37,20 +42,31 @@ struct DkDvPlan {
     first_interior = static_cast<int>(ceil_div(max_of<int64_t>(all.first, 0), queries));
     last_interior = static_cast<int>(max_of<int64_t>(all.last, 0) / queries);
   }
+
+  FA_DEVICE int steps() const {
+    return group * (last_block - first_block);
+  }
 };
 
-// kWithDk, kWithDv: which of the two gradients; where both do not fit the registers, one at a time.
-template <typename TypeT, int kDim, DkDvTile kTile, bool kWithTerms, bool kWithDk, bool kWithDv>
+// Which gradients a kernel computes: where dK and dV do not fit the registers, one at a time; dQ
+// together with dK.
+struct Gradients {
+  bool dk, dv, dq;
+};
+
+template <typename TypeT, int kDim, DkDvTile kTile, bool kWithTerms, Gradients kWanted>
 struct DkDvConfig {
   using T = TypeT;
   static constexpr int kHeadDim = kDim, kThreads = 32 * kTile.warps, kM = kTile.row_tiles;
-  static constexpr int kKeys = kTile.keys(), kQueries = kTile.queries, kStages = kTile.stages;
-  static constexpr bool kTerms = kWithTerms, kDk = kWithDk, kDv = kWithDv;
+  static constexpr int kKeys = kTile.keys(), kQueries = kTile.queries, kPart = kTile.part,
+                       kStages = kTile.stages;
+  static constexpr bool kTerms = kWithTerms, kDk = kWanted.dk, kDv = kWanted.dv;
+  static constexpr bool kDq = kWanted.dq;
 
   // A tile of queries.
   struct Stage {
     SharedTile<T, kQueries, kHeadDim> query, dout;
-    alignas(16) RowStats stats[kQueries];
+    alignas(16) float lse2[kQueries], delta[kQueries];
   };
   struct None {};
   struct Shared {
@@ -58,6 +74,7 @@ struct DkDvConfig {
     SharedTile<T, kKeys, kHeadDim> key;
     std::conditional_t<kDk, SharedTile<T, kKeys, kHeadDim>, None> value;
     Stage stages[kStages];
+    std::conditional_t<kDq, SharedTile<T, kKeys, kPart>, None> ds[kQueries / kPart];  // transposed
   };
 };
 
@@ -66,7 +83,8 @@ class FlashDkDv {
   using T = typename Config::T;
   using Stage = typename Config::Stage;
   static constexpr int kM = Config::kM, kThreads = Config::kThreads, kStages = Config::kStages;
-  static constexpr int kKeys = Config::kKeys, kQueries = Config::kQueries, kN = kQueries / 8;
+  static constexpr int kKeys = Config::kKeys, kQueries = Config::kQueries;
+  static constexpr int kPart = Config::kPart, kN = kPart / 8;
   using Scores = BackwardScores<true, Config::kTerms, kM, kN>;
   using Tile = Accumulator<kM, kN>;
   using Gradient = Accumulator<kM, Config::kHeadDim / 8>;
@@ -80,8 +98,7 @@ class FlashDkDv {
         shared(memory),
         plan(memory.plan),
         seq(plan.seq),
-        thread(static_cast<int>(threadIdx.x)),
-        warp_row(thread / 32 * 16 * kM) {}
+        thread(static_cast<int>(threadIdx.x)) {}
 
   FA_DEVICE void run() {
     if (thread == 0) shared.plan = DkDvPlan(params, kKeys, kQueries);
@@ -91,84 +108,138 @@ class FlashDkDv {
     if constexpr (Config::kDv) acc_dv.set_zero();
     if (plan.first_block < plan.last_block) {
       load_kv_tile();
-      load_q_tile({0, plan.first_block}, 0);
-      int stage = 0;
-      for (Step at = {0, plan.first_block}; at.head < plan.group;) {
-        Step next = {at.head, at.block + 1};
-        if (next.block == plan.last_block) next = {at.head + 1, plan.first_block};
-        if (is_interior(at.block)) {
-          step<false>(at, next, stage);
+      load_q_tile(0);
+      for (int n = 0; n < plan.steps(); ++n) {
+        if (is_interior(step_of(n).block)) {
+          step<false>(n);
         } else {
-          step<true>(at, next, stage);
+          step<true>(n);
         }
-        at = next;
-        stage = kStages - 1 - stage;
       }
     }
     store();
   }
 
  private:
+  FA_DEVICE int warp_row() const {
+    return static_cast<int>(threadIdx.x) / 32 * 16 * kM;
+  }
   struct Step {
     int head, block;  // of the group; a tile of queries
   };
+
+  // Made from its number whenever it is needed: registers are for the tiles.
+  FA_DEVICE Step step_of(int n) const {
+    const uint32_t width = static_cast<uint32_t>(plan.last_block - plan.first_block);
+    const int head = static_cast<int>(static_cast<uint32_t>(n) / width);
+    return {head, plan.first_block + n - head * static_cast<int>(width)};
+  }
 
   FA_DEVICE bool is_interior(int block) const {
     return !Config::kTerms && plan.first_interior <= block && block < plan.last_interior;
   }
 
   template <bool kMasked>
-  FA_DEVICE void step(Step at, Step next, int stage_index) {
-    const Stage& stage = shared.stages[stage_index];
+  FA_DEVICE void step(int n) {
+    Stage& stage = shared.stages[n % kStages];
     ptx::cp_async_wait<0>();
-    bool may_leak = false;  // do Q or dO hold what must not reach keys that they do not see?
+    bool may_leak = false;  // is there what must not reach those who do not see it?
     if constexpr (kMasked) {
-      may_leak = ptx::sync_block_or(share_is_nonfinite<kThreads>(stage.query, thread) ||
-                                    share_is_nonfinite<kThreads>(stage.dout, thread));
+      may_leak = ptx::sync_block_or(holds_nonfinite(stage));
+      if (may_leak) make_finite(stage);
     } else {
       ptx::sync_block();
     }
     // This step is there, and the one before is used up.
-    if (kStages > 1 && next.head < plan.group) load_q_tile(next, kStages - 1 - stage_index);
-    if (kMasked && may_leak) {
-      add_tile<kMasked, true>(at, stage);
-    } else {
-      add_tile<kMasked, false>(at, stage);
+    if (kStages > 1 && n + 1 < plan.steps()) load_q_tile(n + 1);
+#pragma unroll 1
+    for (int first = 0; first < kQueries; first += kPart) {
+      add_part<kMasked>(n, stage, first, may_leak);
     }
+    if constexpr (Config::kDq) add_dq<kMasked>(n, may_leak);
     if (kStages == 1) {
       ptx::sync_block();
-      if (next.head < plan.group) load_q_tile(next, 0);
+      if (n + 1 < plan.steps()) load_q_tile(n + 1);
     }
   }
 
-  template <bool kMasked, bool kGuarded>
-  FA_DEVICE void add_tile(Step at, const Stage& stage) {
-    const ScorePlace<true> place = {p, seq, plan.first_head + at.head, plan.first_key + warp_row,
-                                    first_query(at)};
-    const auto stats = [&](int, int n, int e) {
-      const float4 pair =
-          ptx::load_shared(reinterpret_cast<const float4*>(stage.stats + column_of(n, 0)));
-      return e % 2 == 0 ? RowStats{pair.x, pair.y} : RowStats{pair.z, pair.w};
-    };
+  // Whether what this thread has loaded of Q, dO, or K for dQ, holds infinity or NaN.
+  FA_DEVICE bool holds_nonfinite(const Stage& stage) const {
+    bool found = share_is_nonfinite<kThreads>(stage.query, thread) ||
+                 share_is_nonfinite<kThreads>(stage.dout, thread);
+    if constexpr (Config::kDq) found = found || share_is_nonfinite<kThreads>(shared.key, thread);
+    return found;
+  }
+
+  // Who saw the NaN of a query has it in the query's lse, or delta.
+  FA_DEVICE void make_finite(Stage& stage) {
+    clear_nonfinite<kThreads>(stage.query, thread);
+    clear_nonfinite<kThreads>(stage.dout, thread);
+    ptx::sync_block();
+  }
+
+  // Queries `first` to first + kPart of the step: as many as the registers hold scores of.
+  template <bool kMasked>
+  FA_DEVICE void add_part(int n, const Stage& stage, int first, bool may_leak) {
+    const auto lse2 = [&](int, int c, int e) { return of_column(stage.lse2 + first, c, e); };
+    const auto delta = [&](int, int c, int e) { return of_column(stage.delta + first, c, e); };
     Scores scores;
     scores.weights.set_zero();
-    multiply_rows(scores.weights, shared.key, warp_row, stage.query, 0);
-    if constexpr (kMasked) scores.mask_tile(place);
-    scores.template recompute_p<kMasked>(score_unit<Config::kTerms>(p), stats);
-    if constexpr (Config::kTerms) scores.drop(place);
-    const float survivor = Scores::survivor_of(p);
-    Tile ds;
-    if constexpr (Config::kDk) {
-      ds.set_zero();
-      multiply_rows(ds, shared.value, warp_row, stage.dout, 0);
-      scores.template to_ds<kMasked>(ds, survivor, stats);
-      scores.through_softcap(ds);
-    }
+    multiply_rows(scores.weights, shared.key, warp_row(), stage.query, first);
+    if constexpr (kMasked) scores.mask_tile(place_of(n, first));
+    scores.template recompute_p<kMasked>(params.unit, lse2);
+    if constexpr (Config::kTerms) scores.drop(place_of(n, first));
     if constexpr (Config::kDv) {
-      scores.keep_survivors(survivor);
-      multiply_columns<kGuarded>(acc_dv, Operand(scores.weights), stage.dout);
+      Tile kept = scores.survivors(params.survivor);
+      if (kMasked && may_leak) spread_nonfinite(kept, delta);
+      multiply_columns<false>(acc_dv, Operand(kept), stage.dout, first);
     }
-    if constexpr (Config::kDk) multiply_columns<kGuarded>(acc_dk, Operand(ds), stage.query);
+    if constexpr (Config::kDk) {
+      scores.through_softcap();
+      Tile ds;
+      ds.set_zero();
+      multiply_rows(ds, shared.value, warp_row(), stage.dout, first);
+      scores.template to_ds<kMasked>(ds, params.survivor, delta);
+      if constexpr (Config::kDq) store_accumulator(ds, shared.ds[first / kPart], warp_row());
+      multiply_columns<false>(acc_dk, Operand(ds), stage.query, first);
+    }
+  }
+
+  FA_DEVICE ScorePlace<true> place_of(int n, int first) const {
+    const Step at = step_of(n);
+    return {params,
+            p,
+            seq,
+            plan.first_head + at.head,
+            plan.first_key + warp_row(),
+            first_query(at) + first};
+  }
+
+  template <bool kMasked>
+  FA_DEVICE void add_dq(int n, bool may_leak) {
+    using Share = DqShare<Config::kHeadDim, kThreads / 32, kQueries>;
+    const Share share(thread / 32);
+    Accumulator<Share::kM, Share::kColumns / 8> acc;
+    acc.set_zero();
+    const auto& ds = shared.ds[share.row / kPart];
+    ptx::sync_block();  // dS of all warps is there
+    if (kMasked && may_leak) {
+      multiply_transposed<true>(acc, ds, share.row % kPart, shared.key, share.column);
+    } else {
+      multiply_transposed<false>(acc, ds, share.row % kPart, shared.key, share.column);
+    }
+    const Step at = step_of(n);
+    const int64_t first = first_query(at) + share.row;
+    const int64_t origin = padded_origin(params, seq, plan.first_head + at.head);
+    add_to_sums<Config::kHeadDim>(params.dquery_sums, origin + first, seq.len_q - first,
+                                  share.column, acc);
+  }
+
+  // Of the query that a column stands for; two neighbours are one load.
+  static FA_DEVICE float of_column(const float* of_rows, int n, int e) {
+    const float2 pair =
+        ptx::load_shared(reinterpret_cast<const float2*>(of_rows + column_of(n, 0)));
+    return e % 2 == 0 ? pair.x : pair.y;
   }
 
   FA_DEVICE int64_t first_query(Step at) const {
@@ -187,25 +258,28 @@ class FlashDkDv {
                         KeyTileRows<T>{rows, plan.first_key, {seq.first_seen, seq.len_k}});
   }
 
-  FA_DEVICE void load_q_tile(Step at, int stage_index) {
-    Stage& stage = shared.stages[stage_index];
+  FA_DEVICE void load_q_tile(int n) {
+    Stage& stage = shared.stages[n % kStages];
+    const Step at = step_of(n);
     const QueryTile tile = {plan.first_head + at.head, first_query(at), 1};
     load_tile<kThreads>(stage.query, thread, params.query,
                         QueryTileRows<T>(p.query, seq, tile, seq.len_q));
     load_tile<kThreads>(stage.dout, thread, params.dout,
                         QueryTileRows<T>(g.dout, seq, tile, seq.len_q));
-    constexpr int kPerChunk = 16 / sizeof(RowStats);
-    if (thread < kQueries / kPerChunk) {
-      const RowStats* from = params.stats + tile.first_head * params.padded_rows +
-                             padded_row(p, seq.index, seq.first_q) + tile.first;
-      ptx::cp_async_16(stage.stats + thread * kPerChunk, from + thread * kPerChunk, 16);
-    }
+    const int64_t origin = padded_origin(params, seq, tile.first_head) + tile.first;
+    load_of_rows(stage.lse2, params.lse2 + origin);
+    load_of_rows(stage.delta, params.delta + origin);
     ptx::cp_async_commit();
+  }
+
+  // A number for each query of a tile.
+  FA_DEVICE void load_of_rows(float (&to)[kQueries], const float* from) {
+    if (thread < kQueries / 4) ptx::cp_async_16(to + 4 * thread, from + 4 * thread, 16);
   }
 
   FA_DEVICE void store() {
     if constexpr (Config::kDk) {
-      store_rows(acc_dk, g.dkey, params.has_paired_dkey, p.head_dim, static_cast<float>(p.scale));
+      store_rows(acc_dk, g.dkey, params.has_paired_dkey, p.head_dim, params.scale);
     }
     if constexpr (Config::kDv) {
       store_rows(acc_dv, g.dvalue, params.has_paired_dvalue, p.head_dim_v, 1.0f);
@@ -218,7 +292,7 @@ class FlashDkDv {
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t j = plan.first_key + warp_row + row_of(m, 2 * half);
+        const int64_t j = plan.first_key + warp_row() + row_of(m, 2 * half);
         if (j >= seq.rows_k) continue;
         T* row = static_cast<T*>(to.data) + offset_of(to.stride, seq.b0, seq.b1, plan.head_kv) +
                  (seq.first_k + j) * to.stride[3];
@@ -238,7 +312,7 @@ class FlashDkDv {
   typename Config::Shared& shared;
   const DkDvPlan& plan;
   const Sequence& seq;
-  const int thread, warp_row;
+  const int thread;
   Gradient acc_dk, acc_dv;
 };
 

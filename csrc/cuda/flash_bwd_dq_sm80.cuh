@@ -18,10 +18,11 @@ struct DqPlan {
     const AttentionParams& p = params.gradient.forward;
     // The last tiles first: under a causal mask they see the most keys.
     const int nth = params.tiles - 1 - static_cast<int>(blockIdx.x % params.tiles);
-    const uint32_t index = blockIdx.x / params.tiles;
-    head = index % p.heads_q;
-    head_kv = head / (p.heads_q / p.heads_kv);
-    seq = sequence_at(p, index / p.heads_q);
+    // Divisions are of 32 bits: those of 64 are calls.
+    const uint32_t index = blockIdx.x / params.tiles, heads = static_cast<uint32_t>(p.heads_q);
+    head = index % heads;
+    head_kv = index % heads / (heads / static_cast<uint32_t>(p.heads_kv));
+    seq = sequence_at(p, index / heads);
     first_query = static_cast<int64_t>(nth) * queries;
     first_block = last_block = first_interior = last_interior = 0;
     const Range rows = {first_query, min_of(first_query + queries, seq.len_q)};
@@ -49,6 +50,7 @@ struct DqConfig {
   struct Shared {
     DqPlan plan;
     SharedTile<T, kQueries, kHeadDim> query, dout;
+    alignas(16) float lse2[kQueries], delta[kQueries];
     Stage stages[kStages];
   };
 };
@@ -80,7 +82,6 @@ class FlashDq {
     acc_dq.set_zero();
     if (plan.first_block < plan.last_block) {
       load_q_tile();
-      load_stats();
       load_kv_tile(plan.first_block, 0);
       int stage = 0;
       for (int block = plan.first_block; block < plan.last_block; ++block) {
@@ -102,7 +103,7 @@ class FlashDq {
 
   template <bool kMasked>
   FA_DEVICE void step(int block, int stage_index) {
-    const Stage& stage = shared.stages[stage_index];
+    Stage& stage = shared.stages[stage_index];
     ptx::cp_async_wait<0>();
     bool may_leak = false;  // does K hold what must not reach the rows that do not see it?
     if constexpr (kMasked) {
@@ -113,34 +114,40 @@ class FlashDq {
     // This step is there, and the one before is used up.
     const bool has_next = block + 1 < plan.last_block;
     if (kStages > 1 && has_next) load_kv_tile(block + 1, kStages - 1 - stage_index);
-    if (kMasked && may_leak) {
-      add_tile<kMasked, true>(block, stage);
-    } else {
-      add_tile<kMasked, false>(block, stage);
-    }
+    add_tile<kMasked>(block, stage, may_leak);
     if (kStages == 1) {
       ptx::sync_block();
       if (has_next) load_kv_tile(block + 1, 0);
     }
   }
 
-  template <bool kMasked, bool kGuarded>
-  FA_DEVICE void add_tile(int block, const Stage& stage) {
-    const ScorePlace<false> place = {p, seq, plan.head, plan.first_query + warp_row,
-                                     first_key(block)};
-    const auto stats = [&](int m, int, int e) { return row_stats[m][e / 2]; };
+  template <bool kMasked>
+  FA_DEVICE void add_tile(int block, Stage& stage, bool may_leak) {
+    const ScorePlace<false> place = {
+        params, p, seq, plan.head, plan.first_query + warp_row, first_key(block)};
+    const auto lse2 = [&](int m, int, int e) { return of_row(shared.lse2, m, e); };
+    const auto delta = [&](int m, int, int e) { return of_row(shared.delta, m, e); };
     Scores scores;
     scores.weights.set_zero();
     multiply_rows(scores.weights, shared.query, warp_row, stage.key, 0);
     if constexpr (kMasked) scores.mask_tile(place);
-    scores.template recompute_p<kMasked>(score_unit<Config::kTerms>(p), stats);
+    scores.template recompute_p<kMasked>(params.unit, lse2);
     if constexpr (Config::kTerms) scores.drop(place);
+    scores.through_softcap();
     Accumulator<kM, kN> ds;
     ds.set_zero();
     multiply_rows(ds, shared.dout, warp_row, stage.value, 0);
-    scores.template to_ds<kMasked>(ds, Scores::survivor_of(p), stats);
-    scores.through_softcap(ds);
-    multiply_columns<kGuarded>(acc_dq, LeftOperand<T, kM, kN>(ds), stage.key);
+    scores.template to_ds<kMasked>(ds, params.survivor, delta);
+    if (kMasked && may_leak) {
+      ptx::sync_block();  // the products above have seen K
+      clear_nonfinite<kThreads>(stage.key, thread);
+      ptx::sync_block();
+    }
+    multiply_columns<false>(acc_dq, LeftOperand<T, kM, kN>(ds), stage.key);
+  }
+
+  FA_DEVICE float of_row(const float* of_rows, int m, int e) const {
+    return ptx::load_shared(of_rows + warp_row + row_of(m, e));
   }
 
   FA_DEVICE int64_t first_key(int block) const {
@@ -154,16 +161,14 @@ class FlashDq {
                         QueryTileRows<T>(p.query, seq, tile, seq.len_q));
     load_tile<kThreads>(shared.dout, thread, params.dout,
                         QueryTileRows<T>(g.dout, seq, tile, seq.len_q));
+    const int64_t origin = padded_origin(params, seq, plan.head) + plan.first_query;
+    load_of_rows(shared.lse2, params.lse2 + origin);
+    load_of_rows(shared.delta, params.delta + origin);
   }
 
-  FA_DEVICE void load_stats() {
-    const RowStats* stats = params.stats + plan.head * params.padded_rows +
-                            padded_row(p, seq.index, seq.first_q) + plan.first_query + warp_row;
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) row_stats[m][half] = stats[row_of(m, 2 * half)];
-    }
+  // A number for each query of the tile.
+  FA_DEVICE void load_of_rows(float (&to)[kQueries], const float* from) {
+    if (thread < kQueries / 4) ptx::cp_async_16(to + 4 * thread, from + 4 * thread, 16);
   }
 
   FA_DEVICE void load_kv_tile(int block, int stage_index) {
@@ -179,7 +184,6 @@ class FlashDq {
   }
 
   FA_DEVICE void store() {
-    const float scale = static_cast<float>(p.scale);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -192,7 +196,8 @@ class FlashDq {
         for (int n = 0; n < Gradient::kN; ++n) {
           const float* pair = &acc_dq.x[m][n][2 * half];
           store_pair(row, g.dquery.stride[4], params.has_paired_dquery, column_of(n, 0), p.head_dim,
-                     takes_part ? pair[0] * scale : 0.0f, takes_part ? pair[1] * scale : 0.0f);
+                     takes_part ? pair[0] * params.scale : 0.0f,
+                     takes_part ? pair[1] * params.scale : 0.0f);
         }
       }
     }
@@ -205,7 +210,6 @@ class FlashDq {
   const DqPlan& plan;
   const Sequence& seq;
   const int thread, warp_row;
-  RowStats row_stats[kM][2];
   Gradient acc_dq;
 };
 

@@ -49,35 +49,36 @@ FA_KERNEL(kPrepareThreads, 1)
 void flash_bwd_prepare(const __grid_constant__ BackwardParams params) {
   const AttentionGradParams& g = params.gradient;
   const AttentionParams& p = g.forward;
-  const int64_t tile = blockIdx.x % params.tiles, at = blockIdx.x / params.tiles;
-  const int64_t head = at % p.heads_q;
-  const Sequence seq = sequence_at(p, at / p.heads_q);
-  RowStats* stats =
-      params.stats + head * params.padded_rows + padded_row(p, seq.index, seq.first_q);
+  // Divisions are of 32 bits: those of 64 are calls.
+  const uint32_t tile = blockIdx.x % params.tiles, at = blockIdx.x / params.tiles;
+  const uint32_t heads = static_cast<uint32_t>(p.heads_q), head = at % heads;
+  const Sequence seq = sequence_at(p, at / heads);
+  const int64_t origin = padded_origin(params, seq, head);
   const int first = static_cast<int>(threadIdx.x) / kPrepareLanes;
 #pragma unroll 1
   for (int r = first; r < kPrepareRows; r += kPrepareThreads / kPrepareLanes) {
-    const int64_t i = tile * kPrepareRows + r;
-    RowStats row = {infinity(), 0.0f};
+    const int64_t i = static_cast<int64_t>(tile) * kPrepareRows + r;
     const float* lse = static_cast<const float*>(p.lse.data);
+    float lse2 = infinity(), delta = 0.0f;
     const bool is_seen = i < seq.len_q && lse[row_offset(p.lse, seq, head, i)] != -infinity();
     if (is_seen) {
-      row.delta = partial_delta(
-          params, static_cast<const T*>(g.dout.data) + row_offset(g.dout, seq, head, i),
-          static_cast<const T*>(p.out.data) + row_offset(p.out, seq, head, i));
+      delta = partial_delta(params,
+                            static_cast<const T*>(g.dout.data) + row_offset(g.dout, seq, head, i),
+                            static_cast<const T*>(p.out.data) + row_offset(p.out, seq, head, i));
     }
 #pragma unroll
     for (int mask = 1; mask < kPrepareLanes; mask *= 2) {
-      row.delta += ptx::shuffle_xor(row.delta, mask);
+      delta += ptx::shuffle_xor(delta, mask);
     }
     if (ptx::lane_id() % kPrepareLanes != 0 || i >= seq.rows_q) continue;
     if (is_seen) {
-      row.lse2 = lse[row_offset(p.lse, seq, head, i)] * kLog2e;
+      lse2 = lse[row_offset(p.lse, seq, head, i)] * kLog2e;
       if (g.dlse.data != nullptr) {
-        row.delta -= static_cast<const float*>(g.dlse.data)[row_offset(g.dlse, seq, head, i)];
+        delta -= static_cast<const float*>(g.dlse.data)[row_offset(g.dlse, seq, head, i)];
       }
     }
-    stats[i] = row;
+    params.lse2[origin + i] = lse2;
+    params.delta[origin + i] = delta;
   }
 }
 
@@ -92,11 +93,10 @@ static FA_KERNEL(kSinkThreads,
   double sum = 0;
   for (int64_t index = 0; index < p.batch0 * p.batch1; ++index) {
     const Sequence seq = sequence_at(p, index);
-    const RowStats* stats =
-        params.stats + head * params.padded_rows + padded_row(p, index, seq.first_q);
+    const int64_t origin = padded_origin(params, seq, head);
     for (int64_t i = threadIdx.x; i < seq.len_q; i += kSinkThreads) {
-      const float weight = ptx::exp2(sink2 - stats[i].lse2);
-      if (weight != 0) sum -= static_cast<double>(weight) * stats[i].delta;
+      const float weight = ptx::exp2(sink2 - params.lse2[origin + i]);
+      if (weight != 0) sum -= static_cast<double>(weight) * params.delta[origin + i];
     }
   }
 #pragma unroll

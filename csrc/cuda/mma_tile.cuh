@@ -220,8 +220,8 @@ FA_DEVICE bool columns_are_nonfinite(const Tile&, uint32_t start, int n) {
 // NaN where a left number other than 0 meets an infinity or NaN of b.
 template <typename T, int kM, int kK, int kN, typename Tile>
 FA_DEVICE void spread_nonfinite(Accumulator<kM, kN>& acc, const LeftOperand<T, kM, kK>& left,
-                                const Tile& b) {
-  const uint32_t start = right_columns(b, 0), ones = ptx::pack(1.0f, 1.0f, T{});
+                                const Tile& b, int b_row) {
+  const uint32_t start = right_columns(b, b_row), ones = ptx::pack(1.0f, 1.0f, T{});
 #pragma unroll
   for (int n = 0; n < kN; n += 2) {
     if (!columns_are_nonfinite<T, kK>(b, start, n)) continue;
@@ -248,15 +248,15 @@ FA_DEVICE void spread_nonfinite(Accumulator<kM, kN>& acc, const LeftOperand<T, k
   }
 }
 
-// acc += left b: left's columns are rows 0 to 8 kK of b.
+// acc += left b: left's columns are rows b_row to b_row + 8 kK of b.
 //
 // kGuarded: an infinity or NaN of b reaches only what a left number other than 0 meets, so that
 // what a hidden key holds reaches nobody.
 template <bool kGuarded, typename T, int kM, int kK, int kN, typename Tile>
 FA_DEVICE void multiply_columns(Accumulator<kM, kN>& acc, const LeftOperand<T, kM, kK>& left,
-                                const Tile& b) {
+                                const Tile& b, int b_row = 0) {
   if constexpr (sizeof(T) == 2) {
-    const uint32_t start = right_columns(b, 0);
+    const uint32_t start = right_columns(b, b_row);
 #pragma unroll
     for (int k = 0; k < kK / 2; ++k) {
 #pragma unroll
@@ -274,18 +274,18 @@ FA_DEVICE void multiply_columns(Accumulator<kM, kN>& acc, const LeftOperand<T, k
         }
       }
     }
-    if constexpr (kGuarded) spread_nonfinite(acc, left, b);
+    if constexpr (kGuarded) spread_nonfinite(acc, left, b, b_row);
   } else {
-    multiply_columns_by_fma<kGuarded>(acc, left.from, b);
+    multiply_columns_by_fma<kGuarded>(acc, left.from, b, b_row);
   }
 }
 
 // Column k of `left` lies with one lane of four: it is handed to the others.
 template <bool kGuarded, int kM, int kK, int kN, typename Tile>
 FA_DEVICE void multiply_columns_by_fma(Accumulator<kM, kN>& acc, const Accumulator<kM, kK>& left,
-                                       const Tile& b) {
+                                       const Tile& b, int b_row) {
   const int first_lane = ptx::lane_id() & ~3;
-  const uint32_t start = ptx::shared_address(b.at(0, column_of(0, 0)));
+  const uint32_t start = ptx::shared_address(b.at(b_row, column_of(0, 0)));
 #pragma unroll
   for (int k = 0; k < 8 * kK; ++k) {
     float weight[kM][2];

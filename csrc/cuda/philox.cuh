@@ -44,12 +44,21 @@ struct Dropout {
     return number >= threshold ? survivor : 0.0f;
   }
 
-  // What the weight of key j is multiplied by.
-  FA_DEVICE float keep(int64_t j, int64_t row, int64_t head) const {
+  // The one of key j.
+  FA_DEVICE uint32_t number(int64_t j, int64_t row, int64_t head) const {
     const uint4 x = numbers(static_cast<uint32_t>(j >> 2), static_cast<uint32_t>(row),
                             static_cast<uint32_t>(head));
     const uint32_t low = j & 1 ? x.y : x.x, high = j & 1 ? x.w : x.z;
-    return factor(j & 2 ? high : low);
+    return j & 2 ? high : low;
+  }
+
+  // What the weight of key j is multiplied by.
+  FA_DEVICE float keep(int64_t j, int64_t row, int64_t head) const {
+    return factor(number(j, row, head));
+  }
+  // Whether that is 0.
+  FA_DEVICE bool drops(int64_t j, int64_t row, int64_t head) const {
+    return number(j, row, head) < threshold;
   }
 
   // The same of keys j and j + 1, j even.
