@@ -26,11 +26,11 @@ constexpr DkDvTile dkdv_tile(bool is_float32, int head_dim, bool has_terms) {
     return {2, 1, 16, 16, 1};
   }
   if (head_dim > 128) return {4, 1, 32, 32, 1};
-  // dK and dV of 16 keys take 128 registers at head_dim 128: beside them 64 scores a row spill.
+  // dK and dV of 16 keys take 128 registers at head_dim 128: beside them 64 scores a row spill. At
+  // head_dim 64, 32 keys a warp spill too.
   if (head_dim > 96) return {4, 1, 64, 32, 2};
   if (head_dim > 64) return {4, 1, 64, has_terms ? 32 : 64, 2};
-  // Every fragment of Q and dO serves 32 keys.
-  return has_terms ? DkDvTile{4, 1, 64, 64, 2} : DkDvTile{4, 2, 32, 32, 2};
+  return {4, 1, 64, 64, 2};
 }
 
 // The same where the kernel adds dQ as well. Every tile of keys adds to all of dQ: the more keys,
