@@ -30,7 +30,8 @@ bench: $(VENV)/.ready-bench build
 	$(BIN)/python -m fastattn bench
 
 gpu:
-	@$(PYTHON) -c 'import torch, pybind11, ninja, setuptools, pytest, pytest_benchmark, hypothesis, matplotlib, rich' || \
+	@$(PYTHON) -c 'import torch, pybind11, ninja, setuptools, pytest, pytest_benchmark, hypothesis, matplotlib, rich; \
+	  assert int(setuptools.__version__.split(".")[0]) >= 77, "setuptools >= 77 is needed"' || \
 	  { echo "make gpu installs nothing: PYTHON=... names a Python that has torch and the packages for the tests"; exit 1; }
 	$(PYTHON) benchmarks/gpu.py $(STAGES)
 
