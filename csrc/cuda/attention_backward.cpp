@@ -43,7 +43,8 @@ cudaError_t run_for(const AttentionParams& p, const Run& run) {
 // Whether one kernel computes dK, dV and dQ. Its sums of dQ have no fixed order.
 bool is_fused(const AttentionGradParams& g, const DeviceLimits& limits) {
   const AttentionParams& p = g.forward;
-  if (g.deterministic || g.dquery.data == nullptr || g.dkey.data == nullptr) return false;
+  if (g.deterministic || p.batch_invariant) return false;
+  if (g.dquery.data == nullptr || g.dkey.data == nullptr) return false;
   bool fits = false;
   run_for(p, [&]<typename T, int kHeadDim>() {
     if constexpr (sizeof(T) == 2) {

@@ -21,6 +21,7 @@ template cudaError_t launch_flash_bwd_prepare<bf16>(BackwardParams, cudaStream_t
 template cudaError_t launch_flash_bwd_prepare<f16>(BackwardParams, cudaStream_t);
 
 cudaError_t launch_flash_bwd_sink(const BackwardParams& params, cudaStream_t stream) {
+  if (params.gradient.forward.heads_q == 0) return cudaSuccess;
   constexpr size_t kSharedBytes = kSinkThreads / ptx::kWarpSize * sizeof(double);
   return launch(
       flash_bwd_sink,
