@@ -3,6 +3,7 @@
 On an emulated GPU as far as that goes (FASTATTN_CUDA=emulate).
 """
 
+import math
 import re
 
 import pytest
@@ -14,7 +15,14 @@ import fastattn.functional as fa
 from fastattn import _C
 from fastattn._ops.errors import user_error
 from fastattn.support import cuda_level
-from fastattn.testing import attention_inputs, attention_results, randn, running_on
+from fastattn.testing import (
+    DTYPES,
+    attention_inputs,
+    attention_results,
+    check_attention,
+    randn,
+    running_on,
+)
 
 gpu = pytest.mark.skipif(cuda_level() != "cuda", reason="no GPU, or a build without CUDA")
 emulated = pytest.mark.skipif(not _C.emulates_cuda, reason="a build without an emulated GPU")
@@ -68,6 +76,31 @@ def test_deterministic_gradients_do_not_depend_on_the_order_of_threads(cuda, len
         options = {"causal": True, "deterministic": True}
         runs.append(attention_results(fa.attention, inputs, options))
     assert all(torch.equal(x, run[name]) for run in runs for name, x in runs[0].items())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_bias_may_be_shared_by_sequences_of_any_lengths(cuda, dtype):
+    """The threads of a block leave one sequence for the next together."""
+    shape = {"batch": (4,), "queries": 100, "keys": 70, "dtype": dtype}
+    inputs = attention_inputs(**shape) | {"bias": randn(70, seed=5, dtype=dtype)}
+    check_attention(fa.attention, inputs, query_lengths=torch.tensor([30, 100, 0, 100]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("poisoned", ["query", "dout"])
+def test_poison_in_a_query_reaches_no_key_that_it_does_not_see(cuda, dtype, poisoned):
+    inputs = attention_inputs(queries=100, keys=100, dtype=dtype)
+    dout = randn(2, 2, 100, 16, seed=7, dtype=dtype)
+    gradients = []
+    for poison in (0.0, math.nan):
+        inputs["query"][:, :, 20] = poison if poisoned == "query" else 0.0
+        dout[:, :, 20] = poison
+        leaves = [x.clone().requires_grad_() for x in inputs.values()]
+        out = fa.attention(*leaves, causal=True)
+        gradients.append(torch.autograd.grad(out, leaves[1:], dout))
+    for clean, got in zip(*gradients, strict=True):
+        assert got[:, :, :21].isnan().all()
+        torch.testing.assert_close(got[:, :, 21:], clean[:, :, 21:])
 
 
 def test_shapes_of_cuda_tensors_are_known_without_a_gpu():

@@ -18,13 +18,13 @@ def attention_with_philox(query, key, value, *, philox, bias=None, layout="bhsd"
     names = {"dropout_p", "query_lengths", "key_lengths", "return_lse"}
     assert set(options) <= names
     options.pop("return_lse")
-    return _Philox.apply(query, key, value, philox, layout == "bshd", options)
+    return _Philox.apply(query, key, value, bias, philox, layout == "bshd", options)
 
 
 class _Philox(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, philox, bshd, options):
-        ctx.options = {"philox": torch.tensor(philox), "bshd": bshd, **options}
+    def forward(ctx, query, key, value, bias, philox, bshd, options):
+        ctx.options = {"philox": torch.tensor(philox), "bias": bias, "bshd": bshd, **options}
         out, lse = torch.ops.fastattn.attention_forward(query, key, value, **ctx.options)
         ctx.save_for_backward(query, key, value, out, lse)
         return out, lse
@@ -37,11 +37,12 @@ class _Philox(torch.autograd.Function):
             *ctx.saved_tensors,
             need_dquery=True,
             need_dkey_dvalue=True,
-            need_dbias=False,
+            need_dbias=ctx.needs_input_grad[3],
             need_dsink=False,
             **ctx.options,
         )
-        return (*grads[:3], None, None, None)
+        dbias = grads[3] if ctx.needs_input_grad[3] else None
+        return (*grads[:3], dbias, None, None, None)
 
 
 def kept(batch, heads, queries, keys, dropout_p, philox, layout="bhsd"):
@@ -100,6 +101,13 @@ def test_dropout_keeps_the_accuracy_contract(level, dtype, layout):
             layout=layout,
             key_lengths=torch.tensor([keys, keys // 2]),
         )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_a_bias_is_that_of_the_weights_that_were_kept(level, dtype):
+    inputs = attention_inputs(queries=40, keys=70, dtype=dtype)
+    inputs["bias"] = randn(2, 40, 70, seed=5, dtype=dtype)
+    check_attention(attention_with_philox, inputs, dropout_p=0.3, philox=(SEED, OFFSET))
 
 
 def test_dropout_in_packed_sequences_uses_the_place_inside_of_each(level):

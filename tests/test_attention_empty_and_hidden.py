@@ -67,6 +67,16 @@ def test_rows_that_see_nothing_are_zero_and_pass_no_gradient(level, dtype, how):
     assert all((x == 0).all() for x in got.values()), {n: x.abs().max() for n, x in got.items()}
 
 
+def test_a_sink_of_minus_infinity_is_none_and_has_no_gradient(level):
+    inputs, sink = attention_inputs(queries=40), torch.tensor([-math.inf, 0.5]).requires_grad_()
+    out = fa.attention(**inputs, sink=sink)
+    torch.testing.assert_close(out[:, 0], fa.attention(**inputs)[:, 0])
+    dout = randn(*out.shape, seed=7)
+    dout[:, 0, 20] = math.nan
+    (dsink,) = torch.autograd.grad(out, sink, dout)
+    assert dsink[0] == 0 and dsink[1].isfinite() and dsink[1] != 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_derivative_of_softcap_at_a_hidden_key_leaks_nothing(level, dtype):
     inputs = attention_inputs(queries=40, keys=70, dtype=dtype)
@@ -176,3 +186,15 @@ def test_poison_in_padding_queries_and_their_gradients_changes_nothing(level, dt
     out, lse, dquery, *_ = results[0]
     assert (out[0, :, 17:] == 0).all() and (dquery[0, :, 17:] == 0).all()
     assert lse[0, :, 17:].isneginf().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_queries_give_nothing_whatever_the_other_rows_see(level, dtype):
+    for queries, keys in ((50, 60), (3, 60), (1, 300)):
+        inputs = attention_inputs(queries=queries, keys=keys, dtype=dtype)
+        inputs["value"][:, :, keys // 2] = math.nan
+        lengths = torch.tensor([queries // 2, queries])
+        out, lse = fa.attention(**inputs, query_lengths=lengths, return_lse=True)
+        padding = slice(queries // 2, None)
+        assert (out[0, :, padding] == 0).all() and lse[0, :, padding].isneginf().all()
+        assert out[1].isnan().all() and lse[1].isfinite().all()

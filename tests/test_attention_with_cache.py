@@ -214,6 +214,20 @@ def test_int8_is_exact_for_what_it_holds(level, dtype, split):
     assert_whole(whole, attend_in_steps(whole, caches, split, causal=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 40])
+def test_the_scale_of_a_hidden_key_may_be_anything(level, dtype, queries):
+    query, seen = randn(2, 4, queries, 16, seed=1, dtype=dtype), torch.arange(70) % 7 != 3
+    k_cache, v_cache = ((randn(2, 2, 70, 16, seed=seed) * 30).to(torch.int8) for seed in (2, 3))
+    results = []
+    for hidden in (1.0, math.nan, math.inf):
+        scales = torch.where(seen, 0.03, hidden).expand(2, 2, 70).contiguous()
+        cache = {"k_scale": scales, "v_scale": scales, "cache_lengths": 70}
+        results.append(fa.attention_with_cache(query, k_cache, v_cache, **cache, mask=seen))
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
+
+
 # Everything composes
 
 AXES = {
