@@ -119,10 +119,10 @@ class FlashForward {
     return Config::kTerms ? kLog2e : static_cast<float>(p.scale) * kLog2e;
   }
 
+  // Part of the group of the first tile of keys.
   FA_DEVICE void load_q_tile() {
     load_tile<kThreads>(shared.query, thread, params.query,
                         QueryTileRows<T>(p.query, seq, tile, seq.len_q));
-    ptx::cp_async_commit();
   }
 
   FA_DEVICE void load_k_tile(int block) {
@@ -217,11 +217,11 @@ class FlashForward {
     }
   }
 
-  // By way of shared memory, where the warp's queries were: whole chunks leave.
+  // By way of shared memory, where the warp's queries were (a barrier lies behind their last use):
+  // whole chunks leave.
   FA_DEVICE void store_out() {
     using Tile = decltype(shared.query);
     constexpr int kChunks = 16 * kM * Tile::kRowChunks;
-    ptx::sync_warp();
     store_accumulator(acc_o, shared.query, warp_row);
     ptx::sync_warp();
 #pragma unroll 1
