@@ -344,8 +344,9 @@ class BuildExtension(build_ext):
         import pybind11
 
         flags = [*COMMON_FLAGS, "-Icsrc/include", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-        flags += ["-isystem", str(self.torch.root / "include")]
+        # pybind11 first: some versions of torch bring a copy that refuses the stable interface.
         flags += ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
+        flags += ["-isystem", str(self.torch.root / "include")]
         if self.cuda or self.emulate_cuda:
             flags.append("-DFASTATTN_WITH_CUDA")
         if self.emulate_cuda:

@@ -60,7 +60,7 @@ cuda::Place place_of(const Tensor& query) {
 
 Backend backend_of(const Tensor& query) {
   int32_t type = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(query.get(), &type));
+  check_torch(aoti_torch_get_device_type(query.get(), &type));
   const bool cuda = type == aoti_torch_device_type_cuda();
   return {.cuda = cuda, .on_device = cuda};
 }

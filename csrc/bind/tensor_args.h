@@ -19,6 +19,11 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 
+// Of a function of torch's C shim. (torch's own macro for it changes its name with the version.)
+inline void check_torch(AOTITorchError error) {
+  if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("a call of torch's C shim failed");
+}
+
 // The arguments of a boxed op, taken in the order of its schema, and then its results.
 class Stack {
  public:
@@ -67,7 +72,7 @@ inline std::string shape_text(const Tensor& tensor) {
 
 inline int32_t dtype_code(const Tensor& tensor) {
   int32_t code = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+  check_torch(aoti_torch_get_dtype(tensor.get(), &code));
   return code;
 }
 
@@ -121,8 +126,8 @@ inline void require_dtype(const char* argument, const Tensor& tensor, int32_t co
 inline void require_device_of(const Tensor& like, const char* argument, const Tensor& tensor,
                               const char* like_argument = "query") {
   int32_t expected = 0, given = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &expected));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &given));
+  check_torch(aoti_torch_get_device_type(like.get(), &expected));
+  check_torch(aoti_torch_get_device_type(tensor.get(), &given));
   if (given != expected || tensor.get_device_index() != like.get_device_index()) {
     fail(argument, std::string("a tensor on the device of ") + like_argument,
          "one on another device");
@@ -155,12 +160,11 @@ inline IndexArray index_array(std::vector<Tensor>& held, const char* argument, c
 
 inline Tensor empty_strided(Sizes sizes, Sizes strides, int32_t dtype, const Tensor& like) {
   int32_t device_type = 0, device_index = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  check_torch(aoti_torch_get_device_type(like.get(), &device_type));
+  check_torch(aoti_torch_get_device_index(like.get(), &device_index));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.data(), strides.data(), dtype,
-                                                         device_type, device_index, &handle));
+  check_torch(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                       strides.data(), dtype, device_type, device_index, &handle));
   return Tensor(handle);
 }
 
