@@ -1,0 +1,200 @@
+"""Whether tests notice a barrier that is missing: the mutation check of the CUDA kernels.
+
+    python tests/emulator/mutations.py [--list] [--only FILE...] [--sample N] [--jobs N]
+
+Of csrc/cuda one thing at a time is changed: a barrier, a wait, a commit or a mask call is left out,
+a guard, a sign or a maximum is wrong (mutants.py finds them). Tests of attention on the emulated
+GPU run on each of these mutants, in two orders of threads, until one of them fails; a mutant that
+none of them notices has survived.
+
+All mutants are compiled at once, each behind a switch, into an emulated build of their own in
+build/mutations. There the tests run with all switches off first: they must pass, and it shows which
+of them reach which mutant. Then each mutant is judged in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import filecmp
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mutants import Mutant, make_mutants
+from mutation_runs import MutationRuns, Verdict
+
+ROOT = Path(__file__).resolve().parents[2]
+TREE = ROOT / "build" / "mutations"
+PACKAGE = TREE / "build" / "emulated_cuda"
+SOURCES = ("csrc", "fastattn", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+# Enough to catch what can be caught, and small.
+TESTS = [
+    "accuracy.py::test_decode_shapes",
+    "accuracy.py::test_every_feature_alone",
+    "accuracy.py::test_large_logits",
+    "accuracy.py::test_masks_and_biases_of_every_broadcast_shape",
+    "cuda.py::test_a_bias_may_be_shared_by_sequences_of_any_lengths",
+    "cuda.py::test_deterministic_gradients_do_not_depend_on_the_order_of_threads",
+    "cuda.py::test_poison_in_a_query_reaches_no_key_that_it_does_not_see",
+    "dropout.py::test_the_mask_is_that_of_the_reference_to_the_bit",
+    "dropout.py::test_dropout_keeps_the_accuracy_contract",
+    "dropout.py::test_the_gradient_of_a_bias_is_that_of_the_weights_that_were_kept",
+    "empty_and_hidden.py",
+    "strides.py::test_inputs_of_any_strides",
+    "varlen.py::test_packed_sequences_keep_the_accuracy_contract",
+    "varlen.py::test_unused_rows_are_zero_whatever_they_held",
+    "with_cache.py::test_any_split_through_pages_of_any_size",
+    "with_cache.py::test_any_split_through_a_ring_past_its_window",
+    "with_cache.py::test_int8_is_exact_for_what_it_holds",
+    "with_cache.py::test_int8_is_within_its_bound",
+    "with_cache.py::test_the_scale_of_a_hidden_key_may_be_anything",
+    "with_cache.py::test_everything_composes",
+]
+WITHOUT = "torch.float16 or 4099"
+
+# Mutants that compute what the kernels compute, each with the reason.
+EQUIVALENT = {
+    "flash_bwd_dbias_sm80 store: without ptx::sync_block() (3)": (
+        "the thread that sums a row is the one that stores the sum"
+    ),
+    "flash_combine weigh: false for row_max == -infinity()": (
+        "weights of NaN, in a row whose output_scale is 0: store_out does not look at its sum"
+    ),
+    "flash_combine store_out: true for scale != 0": (
+        "the sum is 0 where no part has seen anything: all weights are"
+    ),
+    "flash_combine add_parts: true for weight != 0": (
+        "what a part without keys has left is 0: both kernels write it"
+    ),
+    "softmax step: bool(has_grown) for ptx::any_in_warp(has_grown)": (
+        "a lane's rows are those that it rescales; the vote keeps the warp together"
+    ),
+}
+
+
+def update(source: Path, target: Path, texts: dict[str, str]) -> None:
+    """Makes target a copy of source, but for the files that ``texts`` has by name. What is the same
+    is not touched, so that ninja compiles what is not."""
+    if source.is_dir():
+        target.mkdir(parents=True, exist_ok=True)
+        names = {x.name for x in source.iterdir() if x.name != "__pycache__" and x.suffix != ".so"}
+        for old in target.iterdir():
+            if old.name not in names:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for name in sorted(names):
+            update(source / name, target / name, texts)
+    elif source.name in texts:
+        if not target.exists() or target.read_text() != texts[source.name]:
+            target.write_text(texts[source.name])
+    elif not target.exists() or not filecmp.cmp(source, target, shallow=False):
+        shutil.copy2(source, target)
+
+
+def build(texts: dict[str, str]) -> None:
+    objects = Path("build", "objects", "emulated_cuda")
+    if (ROOT / objects).exists() and not (TREE / objects).exists():
+        shutil.copytree(ROOT / objects, TREE / objects)
+    for name in SOURCES:
+        update(ROOT / name, TREE / name, texts if name == "csrc" else {})
+    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(PACKAGE)]
+    subprocess.run(command, cwd=TREE, env=os.environ | {"FASTATTN_CUDA": "emulate"}, check=True)
+
+
+def run(mutants: list[Mutant], count: int, jobs: int) -> list[Verdict]:
+    verdicts = list[Verdict]()
+
+    def tell(verdict: Verdict) -> None:
+        verdicts.append(verdict)
+        mutant, said = verdict.mutant, "caught  " if verdict.caught else "SURVIVED"
+        print(f"{said} {verdict.seconds:5.1f} s  {mutant.place} {mutant.name}")
+        if verdict.why:
+            print(f"    {verdict.why}", flush=True)
+
+    os.environ |= {"FASTATTN_CPU_ISA": "sm80", "OMP_NUM_THREADS": "1"}
+    os.chdir(TREE)
+    sys.path.insert(0, str(PACKAGE))
+    (TREE / "runs").mkdir(exist_ok=True)
+    runs = MutationRuns(mutants, count, TREE / "runs", jobs, tell)
+    options = ["-q", "--no-header", "--capture=no", "-pno:cacheprovider", "-pno:faulthandler"]
+    options += ["-k", f"not ({WITHOUT})", *(f"tests/test_attention_{test}" for test in TESTS)]
+    if code := pytest.main(options, plugins=[runs]):
+        raise SystemExit(f"pytest: {code!r}")
+    return verdicts
+
+
+def table(verdicts: list[Verdict], equivalent: list[Mutant]) -> list[str]:
+    """How many mutants have been caught of how many, per file and kind."""
+    kinds = sorted({verdict.mutant.kind for verdict in verdicts})
+    rows = [["", *kinds, "all", "equivalent"]]
+    for file in [*sorted({verdict.mutant.file for verdict in verdicts}), ""]:
+        row = [file or "all"]
+        for kind in [*kinds, ""]:
+            cell = [
+                verdict.caught
+                for verdict in verdicts
+                if file in ("", verdict.mutant.file) and kind in ("", verdict.mutant.kind)
+            ]
+            row.append(f"{sum(cell)}/{len(cell)}" if cell else "")
+        row.append(str(sum(file in ("", mutant.file) for mutant in equivalent)))
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(x.rjust(n) if i else x.ljust(n) for i, (x, n) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+
+
+def chosen(mutants: list[Mutant], only: list[str], sample: int | None) -> list[Mutant]:
+    found = [mutant for mutant in mutants if not only or mutant.file in only]
+    if not found:
+        raise SystemExit(f"no mutant in {', '.join(only)}")
+    if sample is not None and sample < len(found):
+        found = sorted(random.Random(0).sample(found, sample), key=lambda mutant: mutant.number)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="The mutation check of the CUDA kernels.")
+    parser.add_argument("--list", action="store_true", help="print the mutants and do no more")
+    parser.add_argument(
+        "--only", metavar="FILE", nargs="+", default=[], help="mutants of these files alone"
+    )
+    parser.add_argument("--sample", metavar="N", type=int, help="so many mutants, at random")
+    parser.add_argument("--jobs", metavar="N", type=int, default=len(os.sched_getaffinity(0)))
+    arguments = parser.parse_args()
+
+    mutants, texts = make_mutants(ROOT / "csrc" / "cuda")
+    if stale := EQUIVALENT.keys() - {mutant.name for mutant in mutants}:
+        raise SystemExit(f"EQUIVALENT has what is no mutant: {', '.join(sorted(stale))}")
+    judged = chosen(mutants, arguments.only, arguments.sample)
+    if arguments.list:
+        for mutant in judged:
+            print(f"{mutant.kind:8} {mutant.place} {mutant.name}")
+        return
+    began = time.monotonic()
+    build(texts)
+    built = time.monotonic() - began
+    equivalent = [mutant for mutant in judged if mutant.name in EQUIVALENT]
+    verdicts = run([x for x in judged if x not in equivalent], len(mutants), arguments.jobs)
+    print(*table(verdicts, equivalent), sep="\n")
+    survivors = [verdict.mutant for verdict in verdicts if not verdict.caught]
+    for mutant in survivors:
+        print(f"SURVIVED  {mutant.place} {mutant.name}")
+    for mutant in equivalent:
+        print(f"equivalent  {mutant.place} {mutant.name}\n    {EQUIVALENT[mutant.name]}")
+    caught, minutes = len(verdicts) - len(survivors), (time.monotonic() - began) / 60
+    print(
+        f"{caught} of {len(judged)} caught ({100 * caught / len(judged):.1f} %), {len(equivalent)} "
+        f"equivalent, {len(survivors)} survived; {minutes:.0f} min, {built / 60:.0f} to build"
+    )
+    raise SystemExit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()
