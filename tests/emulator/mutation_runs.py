@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,8 +116,9 @@ class MutationRuns:
         if outcome.passed and run.tests and run.seed != SEEDS[-1]:
             return self.run_of(run.mutant, SEEDS[SEEDS.index(run.seed) + 1])
         self.kills[outcome.test] += 1
-        name = outcome.test.removeprefix("tests/test_attention_")
-        why = f"{name}: {outcome.why}" if run.tests else "no test reaches it"
+        why = f"{outcome.test.removeprefix('tests/test_attention_')}: {outcome.why}"
+        if outcome.passed:
+            why = f"{len(run.tests)} tests reach it"
         self.tell(Verdict(run.mutant, not outcome.passed, run.seconds, why))
         return None
 
@@ -151,11 +153,13 @@ class MutationRuns:
         if run.pid == 0:
             try:
                 self.run_tests(run)
-            finally:
-                os._exit(2)
+            except BaseException:
+                traceback.print_exc()
+            os._exit(2)
 
     def run_tests(self, run: Run) -> None:
-        """In the process of a run, until it ends: 0 if all pass, 1 if one fails."""
+        """In the process of a run, until it ends: 0 if all pass, 1 if one fails (and 2
+        if this file is wrong)."""
         from fastattn import _C
 
         log = os.open(self.file_of(run, "log"), os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
@@ -205,6 +209,8 @@ class MutationRuns:
         if code == 1:
             last = json.loads(self.file_of(run, "json").read_text().splitlines()[-1])
             return Outcome(False, last["said"], last["test"])
+        if code == 2:
+            raise RuntimeError(self.file_of(run, "log").read_text(errors="replace"))
         return self.broken_off(run, f"the process ended with {code}")
 
     def broken_off(self, run: Run, why: str) -> Outcome:
