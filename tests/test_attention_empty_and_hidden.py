@@ -45,6 +45,20 @@ def test_no_keys_give_zeros_and_minus_infinity(level):
     assert (out == 0).all() and lse.isneginf().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [1, 3, 40])
+def test_a_sequence_without_keys_beside_long_ones(level, dtype, queries):
+    """Where keys are cut into parts, no part of a row may have any, and some rows take no part."""
+    shape = {"batch": (3,), "queries": queries, "keys": 1000, "heads": 2, "kv_heads": 1}
+    inputs = attention_inputs(**shape, dtype=dtype)
+    for sink in ({}, {"sink": torch.tensor([1.0, -2.0])}):
+        lengths = torch.tensor([1000, 0, 3])
+        options = {"key_lengths": lengths, "query_lengths": (lengths + 1).clamp(max=queries)}
+        got = inference_results(fa.attention, inputs | sink, options)
+        assert (got["out"][1] == 0).all() and got["lse"][1].isneginf().all()
+        check_attention(fa.attention, inputs | sink, **options)
+
+
 HIDE_ALL = {
     "mask": {"mask": torch.zeros(1, 1, 6, 9, dtype=torch.bool)},
     "key_lengths": {"key_lengths": torch.zeros(2, dtype=torch.int64)},

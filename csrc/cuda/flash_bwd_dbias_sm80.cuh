@@ -184,9 +184,8 @@ class FlashDbias {
       for (int r = thread; r < rows; r += kThreads) {
         float sum = 0.0f;
         for (int c = 0; c < kKeys; ++c) sum += ptx::load_shared(&shared.total[r][c]);
-        ptx::store_shared(&shared.total[r][0], sum);
+        ptx::store_shared(&shared.total[r][0], sum);  // which this thread stores, below
       }
-      ptx::sync_block();
     }
     const int columns = has_columns ? kKeys : 1;
     for (int n = thread; n < rows * columns; n += kThreads) store_element(n / columns, n % columns);

@@ -79,8 +79,7 @@ class FlashCombine {
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         const int column = c * 32 + lane;
-        // What a part without keys has left there is not looked at.
-        if (weight != 0 && column < p.head_dim_v) acc[c] = fmaf(weight, part[column], acc[c]);
+        if (column < p.head_dim_v) acc[c] = fmaf(weight, part[column], acc[c]);
       }
     }
 #pragma unroll
@@ -91,7 +90,7 @@ class FlashCombine {
     const int column = static_cast<int>(threadIdx.x);
     if (column >= p.head_dim_v) return;
     float sum = 0.0f;
-    if (scale != 0) {
+    if (scale != 0) {  // else nothing has been added up
 #pragma unroll
       for (int w = 0; w < kCombineWarps; ++w) sum += ptx::load_shared(&shared.out[w][column]);
       sum *= scale;

@@ -20,7 +20,7 @@ struct ForwardParams {
   int32_t splits;       // parts of the keys that run in parallel; > 1: out and lse are partial
   int32_t tiles;        // of query rows, per head (packed: per KV head)
   // Where splits > 1, (splits, rows, head_dim_v) and (splits, rows), overwritten; rows in the order
-  // of lse, contiguous. A part that saw nothing writes its lse only.
+  // of lse, contiguous. A part that saw nothing writes 0 and -inf.
   float* partial_out;
   float* partial_lse;
   int64_t partial_rows;

@@ -1,5 +1,5 @@
 // From products q.k to the scores that softmax sees: what hides a key, and what is added to it.
-// With sequence.h, the only file that knows about positions.
+// The backward pass takes the same steps in backward_scores.cuh, where it needs their slopes.
 #pragma once
 
 #include "philox.cuh"
@@ -7,8 +7,7 @@
 
 namespace fastattn::cuda {
 
-// Hides the columns of a row that lie outside of a range: `visible(m, e)` is that of row_of(m, e),
-// in columns of this tile.
+// Some columns of a tile.
 struct Columns {
   int first, last;
 };
@@ -18,6 +17,7 @@ FA_DEVICE Columns columns_of(Range range, int64_t origin, int width) {
           static_cast<int>(clamp_of(range.last - origin, 0, width))};
 }
 
+// Hides the columns of each row that are not among visible(row).
 template <int kM, int kN, typename VisibleColumns>
 FA_DEVICE void hide_columns(Accumulator<kM, kN>& scores, const VisibleColumns& visible) {
 #pragma unroll
@@ -62,16 +62,9 @@ struct ScoreTerms {
         inner_scale(params.softcap != 0 ? static_cast<float>(params.scale / params.softcap) : 0.0f),
         softcap(static_cast<float>(params.softcap)) {}
 
-  // The score of key j, in place of its product with query i of a head. `slope`, where it is given,
-  // becomes the derivative of softcap.
-  FA_DEVICE float score(float product, int64_t head, int64_t i, int64_t j,
-                        float* slope = nullptr) const {
-    float x = product * scale;
-    if (softcap != 0) {
-      const float t = tanhf(product * inner_scale);
-      x = softcap * t;
-      if (slope != nullptr) *slope = 1.0f - t * t;
-    }
+  // The score of key j, in place of its product with query i of a head.
+  FA_DEVICE float score(float product, int64_t head, int64_t i, int64_t j) const {
+    float x = softcap != 0 ? softcap * tanhf(product * inner_scale) : product * scale;
     if (p.bias.data != nullptr) {
       const float b = load_bias(p.bias.data, p.bias_dtype, index(p.bias, head, i, j));
       x = b == -infinity() ? b : x + b;

@@ -52,16 +52,12 @@ struct Dropout {
     return j & 2 ? high : low;
   }
 
-  // What the weight of key j is multiplied by.
-  FA_DEVICE float keep(int64_t j, int64_t row, int64_t head) const {
-    return factor(number(j, row, head));
-  }
-  // Whether that is 0.
+  // Whether dropout drops its weight.
   FA_DEVICE bool drops(int64_t j, int64_t row, int64_t head) const {
     return number(j, row, head) < threshold;
   }
 
-  // The same of keys j and j + 1, j even.
+  // What the weights of keys j and j + 1, j even, are multiplied by.
   FA_DEVICE float2 keep_pair(int64_t j, int64_t row, int64_t head) const {
     const uint4 x = numbers(static_cast<uint32_t>(j >> 2), static_cast<uint32_t>(row),
                             static_cast<uint32_t>(head));

@@ -60,18 +60,6 @@ WITHOUT = "torch.float16 or 4099"
 
 # Mutants that compute what the kernels compute, each with the reason.
 EQUIVALENT = {
-    "flash_bwd_dbias_sm80 store: without ptx::sync_block() (3)": (
-        "the thread that sums a row is the one that stores the sum"
-    ),
-    "flash_combine weigh: false for row_max == -infinity()": (
-        "weights of NaN, in a row whose output_scale is 0: store_out does not look at its sum"
-    ),
-    "flash_combine store_out: true for scale != 0": (
-        "the sum is 0 where no part has seen anything: all weights are"
-    ),
-    "flash_combine add_parts: true for weight != 0": (
-        "what a part without keys has left is 0: both kernels write it"
-    ),
     "softmax step: bool(has_grown) for ptx::any_in_warp(has_grown)": (
         "a lane's rows are those that it rescales; the vote keeps the warp together"
     ),
