@@ -11,22 +11,11 @@
 namespace fastattn::cuda {
 
 template <typename Config>
-cudaError_t launch_backward(void (*kernel)(BackwardParams), const BackwardParams& params,
-                            int64_t blocks, cudaStream_t stream) {
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return launch(
-      kernel,
-      {static_cast<unsigned>(blocks), Config::kThreads, sizeof(typename Config::Shared), stream},
-      params);
-}
-
-template <typename Config>
 cudaError_t launch_dkdv(BackwardParams params, cudaStream_t stream) {
   const AttentionParams& p = params.gradient.forward;
   params.tiles = static_cast<int32_t>(ceil_div(p.seqlen_k, Config::kKeys));
-  return launch_backward<Config>(flash_bwd_dkdv_sm80<Config>, params,
-                                 p.batch0 * p.batch1 * p.heads_kv * params.tiles, stream);
+  return launch_blocks(flash_bwd_dkdv_sm80<Config>, p.batch0 * p.batch1 * p.heads_kv * params.tiles,
+                       Config::kThreads, sizeof(typename Config::Shared), stream, params);
 }
 
 // The kernels for dK, dV and, where it is wanted, dQ.
@@ -76,10 +65,7 @@ cudaError_t launch_flash_bwd_dkdvdq_sm80(BackwardParams params, cudaStream_t str
   constexpr int kThreads = 32 * kConvertWarps, kRows = 16 * kConvertWarps;
   params.tiles = static_cast<int32_t>(ceil_div(p.seqlen_q, kRows));
   const int64_t blocks = p.batch0 * p.batch1 * p.heads_q * params.tiles;
-  if (blocks == 0) return cudaSuccess;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return launch(flash_bwd_convert_dq<T, kHeadDim>,
-                {static_cast<unsigned>(blocks), kThreads, 0, stream}, params);
+  return launch_blocks(flash_bwd_convert_dq<T, kHeadDim>, blocks, kThreads, 0, stream, params);
 }
 
 template <typename T, int kHeadDim>
@@ -93,8 +79,8 @@ cudaError_t launch_dq_variant(BackwardParams params, cudaStream_t stream) {
   using Config = DqConfig<T, kHeadDim, dq_tile(sizeof(T) == 4, kHeadDim, kTerms), kTerms>;
   const AttentionParams& p = params.gradient.forward;
   params.tiles = static_cast<int32_t>(ceil_div(p.seqlen_q, Config::kQueries));
-  return launch_backward<Config>(flash_bwd_dq_sm80<Config>, params,
-                                 p.batch0 * p.batch1 * p.heads_q * params.tiles, stream);
+  return launch_blocks(flash_bwd_dq_sm80<Config>, p.batch0 * p.batch1 * p.heads_q * params.tiles,
+                       Config::kThreads, sizeof(typename Config::Shared), stream, params);
 }
 
 template <typename T, int kHeadDim>
@@ -113,7 +99,8 @@ cudaError_t launch_flash_bwd_dbias_sm80(BackwardParams params, cudaStream_t stre
   for (int dim = 0; dim < 5; ++dim) {
     if (params.gradient.dbias.stride[dim] != 0) blocks *= extents[dim];
   }
-  return launch_backward<Config>(flash_bwd_dbias_sm80<Config>, params, blocks, stream);
+  return launch_blocks(flash_bwd_dbias_sm80<Config>, blocks, Config::kThreads,
+                       sizeof(typename Config::Shared), stream, params);
 }
 
 }  // namespace fastattn::cuda

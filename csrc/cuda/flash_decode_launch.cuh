@@ -12,11 +12,8 @@ cudaError_t launch_decode(ForwardParams params, cudaStream_t stream) {
   const AttentionParams& p = params.attention;
   params.tiles = static_cast<int32_t>(ceil_div(p.seqlen_q * params.pack, Config::kRows));
   const int64_t blocks = p.batch0 * p.batch1 * p.heads_kv * params.splits * params.tiles;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return launch(
-      flash_decode_sm80<Config>,
-      {static_cast<unsigned>(blocks), Config::kThreads, sizeof(typename Config::Shared), stream},
-      params);
+  return launch_blocks(flash_decode_sm80<Config>, blocks, Config::kThreads,
+                       sizeof(typename Config::Shared), stream, params);
 }
 
 template <typename T, int kHeadDim>

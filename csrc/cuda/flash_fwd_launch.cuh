@@ -16,11 +16,8 @@ cudaError_t launch_variant(ForwardParams params, cudaStream_t stream) {
   params.tiles = static_cast<int32_t>(ceil_div(p.seqlen_q * params.pack, Config::kQueries));
   const int64_t blocks =
       p.batch0 * p.batch1 * (p.heads_q / params.pack) * params.splits * params.tiles;
-  if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return launch(
-      flash_fwd_sm80<Config>,
-      {static_cast<unsigned>(blocks), Config::kThreads, sizeof(typename Config::Shared), stream},
-      params);
+  return launch_blocks(flash_fwd_sm80<Config>, blocks, Config::kThreads,
+                       sizeof(typename Config::Shared), stream, params);
 }
 
 // An int8 cache has the variant with terms alone: it takes any scores.

@@ -15,7 +15,6 @@ from fastattn.functional.attention import (
     attention,
     attention_varlen,
     merge_attention,
-    scaled_dot_product_attention,
 )
 from fastattn.functional.helpers import (
     alibi_slopes,
@@ -39,6 +38,7 @@ from fastattn.functional.rope import (
     apply_rope_qk_,
     rope_tables,
 )
+from fastattn.functional.sdpa import scaled_dot_product_attention
 from fastattn.functional.weights import attention_column_sums, attention_weights
 
 __all__ = [

@@ -9,10 +9,9 @@ template <typename T>
 cudaError_t launch_flash_combine(const ForwardParams& params, cudaStream_t stream) {
   const AttentionParams& p = params.attention;
   const int64_t blocks = p.batch0 * p.batch1 * p.heads_q * p.seqlen_q;
-  if (blocks > INT32_MAX || params.splits > kMaxSplits) return cudaErrorInvalidConfiguration;
-  return launch(flash_combine<T>,
-                {static_cast<unsigned>(blocks), kCombineThreads, sizeof(CombineShared), stream},
-                params);
+  if (params.splits > kMaxSplits) return cudaErrorInvalidConfiguration;
+  return launch_blocks(flash_combine<T>, blocks, kCombineThreads, sizeof(CombineShared), stream,
+                       params);
 }
 
 template cudaError_t launch_flash_combine<float>(const ForwardParams&, cudaStream_t);
