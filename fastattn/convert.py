@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import MethodType
 from typing import TypeVar
 
@@ -14,15 +13,22 @@ from torch import nn as torch_nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastattn import nn
+from fastattn._replacement import (
+    Class,
+    Conversion,
+    ConversionReport,
+    class_name,
+    own_class,
+    replace_classes,
+)
 
 __all__ = ["Conversion", "ConversionReport", "convert", "revert"]
 
-_Class = type[torch_nn.Module]
 _Model = TypeVar("_Model", bound=torch_nn.Module)
 
 # Of each pair, an instance holds what an instance of the other holds: its class is all that tells
 # them apart, and all that changes.
-_OURS: dict[_Class, _Class] = {
+_OURS: dict[Class, Class] = {
     torch_nn.GELU: nn.GELU,
     torch_nn.LayerNorm: nn.LayerNorm,
     torch_nn.MultiheadAttention: nn.MultiheadAttention,
@@ -35,33 +41,6 @@ _OURS: dict[_Class, _Class] = {
 }
 _MAX_HEAD_DIM = 512
 _TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What became of the modules of one class."""
-
-    paths: tuple[str, ...]  # their names in the model, every one of a shared module; "": itself
-    source: str
-    target: str | None  # None: they are kept
-    reason: str | None  # why they are kept
-
-    def __str__(self) -> str:
-        end = f"-> {self.target}" if self.target else f"kept: {self.reason}"
-        shown = [path or "(model)" for path in self.paths[:3]]
-        more = [f"{len(self.paths) - 3} more"] if len(self.paths) > 3 else []
-        return f"{self.source} {end}: {', '.join(shown + more)}"
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What was replaced and what was not, and why; prints as a list."""
-
-    replaced: tuple[Conversion, ...]
-    kept: tuple[Conversion, ...]
-
-    def __str__(self) -> str:
-        return "\n".join(str(entry) for entry in (*self.replaced, *self.kept))
 
 
 def convert(model: _Model, *, inplace: bool = False) -> tuple[_Model, ConversionReport]:
@@ -96,7 +75,7 @@ def convert(model: _Model, *, inplace: bool = False) -> tuple[_Model, Conversion
     >>> converted[1].weight is model[1].weight
     True
     """
-    return _change_classes(model, inplace, _for_ours)
+    return _changed(model, inplace, _for_ours)
 
 
 def revert(model: _Model, *, inplace: bool = False) -> tuple[_Model, ConversionReport]:
@@ -112,40 +91,21 @@ def revert(model: _Model, *, inplace: bool = False) -> tuple[_Model, ConversionR
     >>> type(reverted[1]) is torch.nn.LayerNorm
     True
     """
-    return _change_classes(model, inplace, _for_torchs)
+    return _changed(model, inplace, _for_torchs)
 
 
-def _change_classes(
-    model: _Model, inplace: bool, verdict: Callable[[torch_nn.Module], _Class | str]
+def _changed(
+    model: _Model, inplace: bool, verdict: Callable[[torch_nn.Module], Class | str]
 ) -> tuple[_Model, ConversionReport]:
-    """verdict: the class that a module gets, or why it keeps its own."""
     if not isinstance(model, torch_nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     if not inplace:
         model = _copied(model)
-    found: dict[tuple[_Class, _Class | str], list[str]] = {}
-    verdicts: dict[torch_nn.Module, tuple[_Class, _Class | str]] = {}
-    for path, module in _named_modules(model):
-        if module not in verdicts:
-            verdicts[module] = _own_class(module), verdict(module)
-        found.setdefault(verdicts[module], []).append(path)
-    for module, (_, target) in verdicts.items():
-        if not isinstance(target, str):
-            module.__class__ = _wrapped_alike(type(module), target)
-    entries = [
-        Conversion(tuple(paths), _name(source), None, target)
-        if isinstance(target, str)
-        else Conversion(tuple(paths), _name(source), _name(target), None)
-        for (source, target), paths in found.items()
-    ]
-    return model, ConversionReport(
-        tuple(entry for entry in entries if entry.target is not None),
-        tuple(entry for entry in entries if entry.target is None),
-    )
+    return model, replace_classes(model, verdict)
 
 
-def _for_ours(module: torch_nn.Module) -> _Class | str:
-    cls = _own_class(module)
+def _for_ours(module: torch_nn.Module) -> Class | str:
+    cls = own_class(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript, whose code is fixed"
     if isinstance(module, torch_nn.MultiheadAttention) and module.head_dim > _MAX_HEAD_DIM:
@@ -160,8 +120,8 @@ def _for_ours(module: torch_nn.Module) -> _Class | str:
     return _why_derived(module, base)
 
 
-def _for_torchs(module: torch_nn.Module) -> _Class | str:
-    cls = _own_class(module)
+def _for_torchs(module: torch_nn.Module) -> Class | str:
+    cls = own_class(module)
     base = next((base for base in cls.__mro__ if _is_ours(base)), None)
     if base is None:
         return "not of fastattn"
@@ -183,58 +143,16 @@ def _obstacle(module: torch_nn.Module) -> str | None:
     return None
 
 
-def _why_derived(module: torch_nn.Module, base: _Class) -> str:
+def _why_derived(module: torch_nn.Module, base: Class) -> str:
     if is_parametrized(module):
-        return f"a parametrised {_name(base)}"
+        return f"a parametrised {class_name(base)}"
     if type(module).__module__.startswith("torch.ao."):
-        return f"a quantised {_name(base)}"
-    return f"a subclass of {_name(base)}, whose forward may differ"
+        return f"a quantised {class_name(base)}"
+    return f"a subclass of {class_name(base)}, whose forward may differ"
 
 
 def _is_ours(cls: type) -> bool:
     return cls.__module__.partition(".")[0] == "fastattn"
-
-
-def _own_class(module: torch_nn.Module) -> _Class:
-    """The class that a module was built from: FSDP2 and DDP's composable form derive one of it."""
-    cls = type(module)
-    return cls.__bases__[1] if _is_wrapped(cls) else cls
-
-
-def _is_wrapped(cls: _Class) -> bool:
-    bases = cls.__bases__
-    return len(bases) == 2 and bases[0].__module__.startswith("torch.distributed.")
-
-
-def _wrapped_alike(cls: _Class, target: _Class) -> _Class:
-    """target, wrapped as cls is."""
-    if not _is_wrapped(cls):
-        return target
-    wrapper, source = cls.__bases__
-    if (cls, target) not in _WRAPPED:
-        derived = type(cls.__name__, (wrapper, target), dict(cls.__dict__))
-        _WRAPPED[cls, target], _WRAPPED[derived, source] = derived, cls
-    return _WRAPPED[cls, target]
-
-
-_WRAPPED: dict[tuple[_Class, _Class], _Class] = {}
-
-
-def _name(cls: _Class) -> str:
-    """Where users import it from."""
-    for package in (torch_nn, nn):
-        if getattr(package, cls.__name__, None) is cls:
-            return f"{package.__name__}.{cls.__name__}"
-    return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def _named_modules(model: torch_nn.Module) -> list[tuple[str, torch_nn.Module]]:
-    """Every module by each of its names, but not what TorchScript holds."""
-    named = list(model.named_modules(remove_duplicate=False))
-    fixed = tuple(
-        f"{path}." if path else "" for path, x in named if isinstance(x, torch.jit.ScriptModule)
-    )
-    return [(path, x) for path, x in named if not path or not path.startswith(fixed)]
 
 
 def _copied(model: _Model) -> _Model:

@@ -1,0 +1,1 @@
+"""fastattn inside of other libraries: transformers, and torch's own attention function."""

@@ -1,0 +1,15 @@
+"""What stands around attention in transformers' models, on fused kernels: a module for each kind.
+
+A rule says of a module the class that it gets (derived from its own, or holding what it holds), why
+it stays though it is of the kind, or None where it is not of the kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+__all__ = ["RULES"]
+
+RULES: dict[str, Callable[[nn.Module], type[nn.Module] | str | None]] = {}

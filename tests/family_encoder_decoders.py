@@ -1,0 +1,3 @@
+"""Families of transformers, small."""
+
+FAMILIES = ()
