@@ -10,6 +10,12 @@ from collections.abc import Callable
 
 from torch import nn
 
+from fastattn.integrations.huggingface.fused import activations, norms, rotary
+
 __all__ = ["RULES"]
 
-RULES: dict[str, Callable[[nn.Module], type[nn.Module] | str | None]] = {}
+RULES: dict[str, Callable[[nn.Module], type[nn.Module] | str | None]] = {
+    "norms": norms.rule,
+    "activations": activations.rule,
+    "rotary": rotary.rule,
+}
