@@ -185,7 +185,7 @@ def attention_with_cache(
         out, of query's shape but v_cache's head_dim; or (out, lse).
 
     Raises:
-        As kv_cache_update and attention do.
+        TypeError, ValueError: as kv_cache_update and attention do.
 
     >>> q, k, v = torch.randn(3, 1, 2, 6, 16).unbind()
     >>> k_cache, v_cache = torch.zeros(2, 1, 2, 8, 16).unbind()

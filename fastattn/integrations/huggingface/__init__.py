@@ -1,7 +1,16 @@
 """Hugging Face transformers (>= 5) on fastattn: attention by name, and what a model adds to it."""
 
 from fastattn.integrations.huggingface.attention import attention_forward
+from fastattn.integrations.huggingface.cache import GrowingLayer, growing_cache
 from fastattn.integrations.huggingface.patching import patch, unpatch
 from fastattn.integrations.huggingface.registration import NAME, register
 
-__all__ = ["NAME", "attention_forward", "patch", "register", "unpatch"]
+__all__ = [
+    "NAME",
+    "GrowingLayer",
+    "attention_forward",
+    "growing_cache",
+    "patch",
+    "register",
+    "unpatch",
+]

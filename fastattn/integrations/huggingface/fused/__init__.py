@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fastattn.integrations.huggingface.fused import activations, norms, rotary
+from fastattn.integrations.huggingface.fused import activations, norms, padding, rotary
 
 __all__ = ["RULES"]
 
@@ -18,4 +18,5 @@ RULES: dict[str, Callable[[nn.Module], type[nn.Module] | str | None]] = {
     "norms": norms.rule,
     "activations": activations.rule,
     "rotary": rotary.rule,
+    "unpad": padding.rule,
 }
