@@ -1,5 +1,7 @@
 """Attention keeps the accuracy contract, forward and backward, on every level and dtype."""
 
+import math
+
 import pytest
 import torch
 from attention_options import BROADCASTS, FEATURES, Place, skip_without_kernels, with_features
@@ -153,6 +155,34 @@ def test_scores_that_outgrow_all_before_them(level, dtype, first, size):
     inputs["key"][:1, :, first + 20 :, 0] = 2 * size
     for options in ({}, {"bias": randn(40, 560, seed=9, dtype=dtype)}, {"causal": True}):
         check_attention(fa.attention, inputs, scale=1.0, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [1e6, 1e10, -1e12, 1e30, -1e30, torch.finfo(torch.float32).min])
+def test_biases_far_from_zero(level, dtype, size):
+    """A row with such a bias everywhere, as an additive mask has for a query that is padding, has
+    equal weights: next to it nothing is left of the products. Others are as without."""
+    query, key, value = attention_inputs(queries=40, keys=70, dtype=dtype, batch=(1,)).values()
+    key[..., 0] = query[..., 0] = 0  # scores of a few units, which 1e6 leaves nothing of
+    bias = torch.zeros(40, 70)
+    bias[0], bias[7], bias[39, :50] = size, size, -abs(size)
+    out, lse = fa.attention(query, key, value, bias=bias, return_lse=True, scale=2.0**-12)
+
+    def assert_same(got, want):
+        tolerance = 4 * torch.finfo(dtype).eps * value.abs().max().item()
+        torch.testing.assert_close(got.double(), want.double(), rtol=0, atol=tolerance)
+
+    for row in (0, 7):
+        assert_same(out[:, :, row], value.double().mean(2))
+        torch.testing.assert_close(
+            lse[:, :, row], torch.full_like(lse[:, :, row], size + math.log(70))
+        )
+    plain, plain_lse = fa.attention(query, key, value, scale=2.0**-12, return_lse=True)
+    others = [row for row in range(40) if row not in (0, 7, 39)]
+    assert_same(out[:, :, others], plain[:, :, others])
+    torch.testing.assert_close(lse[:, :, others], plain_lse[:, :, others])
+    last = fa.attention(query[:, :, 39:], key[:, :, 50:], value[:, :, 50:], scale=2.0**-12)
+    assert_same(out[:, :, 39:], last)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
