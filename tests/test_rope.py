@@ -231,6 +231,25 @@ def test_in_place_is_known_to_autograd():
     assert torch.equal(leaf.detach(), before)
 
 
+def test_slices_of_a_projection_that_needs_a_gradient_are_rotated_in_place():
+    cos, sin = tables(8)
+    leaf = randn(2, 5, 3, 2, 8, seed=1).requires_grad_()
+
+    def query_and_key(rotate, fused):
+        return rotate(fused[:, :, 0], fused[:, :, 1], cos, sin, layout="bshd")
+
+    fused = leaf * 1
+    query_and_key(fa.apply_rope_qk_, fused)
+    want = query_and_key(fa.apply_rope_qk, leaf)
+    assert torch.equal(fused[:, :, 0], want[0]) and torch.equal(fused[:, :, 1], want[1])
+    assert torch.equal(fused[:, :, 2], leaf[:, :, 2])
+    weights = randn(2, 5, 3, 2, 8, seed=2)
+    got = torch.autograd.grad((fused * weights).sum(), leaf)[0]
+    rotated = (want[0] * weights[:, :, 0]).sum() + (want[1] * weights[:, :, 1]).sum()
+    expected = torch.autograd.grad(rotated + (leaf * weights)[:, :, 2].sum(), leaf)[0]
+    torch.testing.assert_close(got, expected)
+
+
 def test_transforms_of_torch_func():
     cos, sin = tables(8)
     x = randn(3, 2, 2, 5, 8, seed=1)

@@ -190,6 +190,9 @@ def rotate_qk_in_place(
     elif is_transformed() or needs_grad:
         _check_writable("query", query)
         _check_writable("key", key)
+        if query._is_view() or key._is_view():  # autograd takes one written view from a function
+            outs = rotate_qk(query, key, cos, sin, options)
+            return query.copy_(outs[0]), key.copy_(outs[1])
         checked(_RopeQKInPlace.apply, query, key, cos, sin, options, names=names)
         return query, key
     checked(rope_qk_, query, key, cos, sin, names=names, **options)
