@@ -10,7 +10,7 @@ from transformers.utils.output_capturing import _active_collector
 
 from fastattn.functional import attention, attention_varlen, attention_weights
 
-__all__ = ["attention_forward"]
+__all__ = ["attend", "attention_forward"]
 
 # What changes which keys are seen and is not in the mask: sparse selections, paged caches.
 _UNSUPPORTED = ("indices", "block_indices", "block_table", "cache")
@@ -101,12 +101,13 @@ def attention_forward(
         options["bias"] = attention_mask
     else:
         options["bias"] = attention_mask + position_bias
-    return _attend(query, key, value, wants_weights, options)
+    return attend(query, key, value, wants_weights, options)
 
 
-def _attend(
+def attend(
     query: Tensor, key: Tensor, value: Tensor, wants_weights: bool, options: dict[str, Any]
 ) -> tuple[Tensor, Tensor | None]:
+    """out and weights as attention_forward returns them; options are those of attention."""
     batch = max(query.shape[0], key.shape[0])
     if query.shape[0] != key.shape[0]:
         query, key, value = (x.expand(batch, -1, -1, -1) for x in (query, key, value))
@@ -123,6 +124,8 @@ def _attend(
 
 def _captures_attentions() -> bool:
     """Whether a model that is running was called with output_attentions=True."""
+    if torch.compiler.is_compiling() and not _active_collector.compiling:
+        return False  # dynamo cannot read a context variable
     collected = _active_collector.get()
     return collected is not None and any("attentions" in name for name in collected)
 

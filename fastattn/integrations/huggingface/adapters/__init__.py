@@ -4,6 +4,23 @@ A module has REPLACEMENTS, from the class of transformers to ours, which is deri
 what it holds, and differs in ``forward`` alone.
 """
 
-# From the module of transformers that has the attention to ours; neither is imported before a model
+_FAMILIES = (
+    "blip",
+    "bloom",
+    "deberta",
+    "deberta_v2",
+    "falcon",
+    "gpt_neo",
+    "gptj",
+    "mpnet",
+    "sam",
+    "swinv2",
+    "wavlm",
+)
+
+# From the module of transformers that has the attention to ours. Neither is imported before a model
 # has it.
-ADAPTERS: dict[str, str] = {}
+ADAPTERS = {
+    f"transformers.models.{family}.modeling_{family}": f"{__name__}.{family}"
+    for family in _FAMILIES
+} | {"transformers.models.blip.modeling_blip_text": f"{__name__}.blip"}
