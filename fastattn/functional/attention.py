@@ -96,8 +96,8 @@ def attention(
             value and out.
         return_lse: return (out, lse).
         deterministic: equal calls give gradients of equal bits. None: what
-            torch.use_deterministic_algorithms says. All kernels of this version are deterministic,
-            whatever is asked.
+            torch.use_deterministic_algorithms says. On the CPU they always do; on CUDA it takes
+            one kernel more.
         batch_invariant: the same row gives the same bits whatever else is in the batch and however
             the queries are split over calls.
 

@@ -7,8 +7,8 @@ What all of them share, beside flash-attn's own words:
     window_size     (left, right) keys besides the diagonal one; a negative number is no limit
     softcap         0.0, or less, is off
     alibi_slopes    (heads) or (batch, heads); not differentiable, so one that requires grad raises
-    deterministic   asks for it; torch.use_deterministic_algorithms does so as well. All kernels of
-                    this version are deterministic.
+    deterministic   asks for it; torch.use_deterministic_algorithms does so as well. On the CPU
+                    everything is.
     dropout_p       its mask comes from torch's default generator; the numbers are not flash-attn's
 
 Every dtype of ``fastattn.functional.attention`` is taken, and any head_dim it has; value may have
