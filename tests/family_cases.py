@@ -1,4 +1,4 @@
-"""Model families of transformers on fastattn, against their own eager code: what is compared, and
+"""Model families on fastattn, most of them of transformers, against their own eager code: what is compared, and
 the page that lists them (docs/families.md is what ``python tests/family_cases.py`` prints).
 
 The families are in family_<kind>.py, small and with random weights.
@@ -22,6 +22,7 @@ MODULES = (
     "family_audio",
     "family_text_adapters",
     "family_media_adapters",
+    "family_nn",
 )
 ROWS, LENGTH, VOCABULARY = 3, 12, 99
 
@@ -36,8 +37,8 @@ class Family:
     """
 
     name: str
-    kind: str  # "encoder", "decoder", "encoder-decoder", "vision", "vision + text", "audio"
-    way: str  # "hook" or "adapter"
+    kind: str  # "encoder", "decoder", "encoder-decoder", "vision", "vision + text", "audio", "science"
+    way: str  # "hook", "adapter" or "nn"
     build: Callable[[], Any]
     inputs: Callable[[str], dict[str, Any]]
     paddings: Sequence[str] = ("none", "right", "left")
@@ -192,7 +193,8 @@ def page() -> str:
         "",
         '*hook*: the name is enough, `attn_implementation="fastattn"`, after',
         "`fastattn.integrations.huggingface.register()`. *adapter*: `patch(model)` puts a module",
-        "of ours in place of its attention. `patch` does both.",
+        "of ours in place of its attention. `patch` does both. *nn*: built from `fastattn.nn` and",
+        "`fastattn.functional`, and compared with torch.nn or the formula.",
         "",
         "| kind | family | way | padding, packing | generation | notes |",
         "|---|---|---|---|---|---|",

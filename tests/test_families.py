@@ -28,6 +28,8 @@ def built(family, dtype=torch.float32):
 
 def on_fastattn(family, dtype=torch.float32):
     model = built(family, dtype)
+    if family.way == "nn":
+        return model.fused()
     if family.way == "hook":
         huggingface.register()
         model.set_attn_implementation("fastattn")

@@ -1,4 +1,4 @@
-"""Fused norms, activations and rotary embedding in models of transformers."""
+"""Fused norms, activations, rotary embedding and linear layers in models of transformers."""
 
 import copy
 import pickle
@@ -13,9 +13,10 @@ from family_cases import assert_as_eager, families, oracle_results, results, tex
 from family_decoders import MODERN, causal_lm
 
 from fastattn.integrations import huggingface
+from fastattn.testing import assert_accurate
 
-FAMILIES = {family.name: family for family in families()}
-ALL = {"norms": True, "activations": True, "rotary": True}
+FAMILIES = {family.name: family for family in families() if family.way != "nn"}
+ALL = {"norms": True, "activations": True, "rotary": True, "linears": True}
 CASES = [(name, dtype) for name, family in FAMILIES.items() for dtype in family.dtypes]
 
 
@@ -76,8 +77,31 @@ def test_bert_gets_the_bias_and_the_activation_in_one_pass():
 @pytest.mark.parametrize("option", ALL)
 def test_only_what_is_asked_for_is_replaced(option):
     _, report = huggingface.patch(causal_lm("Llama", **MODERN), attention=False, **{option: True})
-    assert len(report.replaced) == {"norms": 1, "activations": 2, "rotary": 1}[option]
-    assert all(option in entry.target for entry in report.replaced)
+    counts = {"norms": 1, "activations": 2, "rotary": 1, "linears": 1}
+    assert len(report.replaced) == counts[option]
+    named = "nn.Linear" if option == "linears" else option
+    assert all(named in entry.target for entry in report.replaced)
+
+
+def test_projections_of_either_orientation_are_one_product_in_decoding():
+    small = {"vocab_size": 99, "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": None}
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small, bos_token_id=None))
+    for model in (gpt2, causal_lm("Llama", **MODERN)):
+        model.eval().bfloat16()
+        projections = [m for m in model.modules() if type(m).__name__ in ("Linear", "Conv1D")]
+        tokens = torch.tensor([[5]])
+        with torch.no_grad():
+            want = copy.deepcopy(model).double()(tokens).logits
+            eager = model(tokens).logits
+            huggingface.patch(model, linears=True)
+            with torch.profiler.profile() as profile:
+                actual = model(tokens).logits
+        assert_accurate(actual, want, eager, "logits")
+        names = {event.key: event.count for event in profile.key_averages()}
+        assert names["fastattn::linear"] == len(projections)
+        assert not {"aten::linear", "aten::addmm"} & set(names)
+    assert type(gpt2.transformer.h[0].mlp.c_fc).__name__ == "FusedConv1D"
+    assert type(huggingface.unpatch(gpt2).transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
 
 
 def test_what_is_kept_says_why():
