@@ -63,6 +63,8 @@ _FUNCTIONS_ON_CUDA = {
     "scaled_dot_product_attention": "yes",
     "merge_attention": "yes",
     "attention_with_cache": "without key, value and rope",
+    "linear": "torch's",
+    "nn.Linear": "torch's",
 }
 _FUNCTIONS = {
     "attention": "yes",
@@ -116,7 +118,9 @@ _FUNCTIONS = {
     "swiglu": "yes",
     "geglu": "yes",
     "reglu": "yes",
+    "linear": "yes, of any order",
     "nn.GELU": "yes",
+    "nn.Linear": "yes, of any order",
 }
 
 Inputs = dict[str, Tensor]

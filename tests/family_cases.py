@@ -1,5 +1,5 @@
-"""Model families on fastattn, most of them of transformers, against their own eager code: what is compared, and
-the page that lists them (docs/families.md is what ``python tests/family_cases.py`` prints).
+"""Model families on fastattn, most of them of transformers, against their own eager code: what is
+compared, and the page of them (docs/families.md is what ``python tests/family_cases.py`` prints).
 
 The families are in family_<kind>.py, small and with random weights.
 """
@@ -37,7 +37,7 @@ class Family:
     """
 
     name: str
-    kind: str  # "encoder", "decoder", "encoder-decoder", "vision", "vision + text", "audio", "science"
+    kind: str  # as in the page: "encoder", "vision + text" ...
     way: str  # "hook", "adapter" or "nn"
     build: Callable[[], Any]
     inputs: Callable[[str], dict[str, Any]]

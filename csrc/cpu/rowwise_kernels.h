@@ -1,9 +1,10 @@
-// The functions that each level exports for work on rows: norms, activations, rotary embedding and
-// cache writes.
+// The functions that each level exports for work on rows: norms, activations, rotary embedding,
+// cache writes and linear layers.
 #pragma once
 
 #include "activation_kernels.h"
 #include "kv_cache_kernels.h"
+#include "linear_kernels.h"
 #include "norm_kernels.h"
 #include "rope_kernels.h"
 
@@ -14,6 +15,7 @@ struct RowwiseKernels {
   ActivationKernels activation;
   RopeKernels rope;
   CacheKernels cache;
+  LinearKernels linear;
 };
 
 // Each isa_<level>_rowwise.cpp defines its table as a constant.

@@ -24,6 +24,7 @@ from fastattn.functional.helpers import (
     window_from_hf,
 )
 from fastattn.functional.kv_cache import attention_with_cache, kv_cache_update
+from fastattn.functional.linear import linear
 from fastattn.functional.norm import (
     add_layer_norm,
     add_rms_norm,
@@ -64,6 +65,7 @@ __all__ = [
     "gelu",
     "kv_cache_update",
     "layer_norm",
+    "linear",
     "merge_attention",
     "qk_rms_norm",
     "reglu",

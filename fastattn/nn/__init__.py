@@ -6,6 +6,7 @@ from fastattn.nn.block import TransformerBlock
 from fastattn.nn.cache import KVCache, OutOfPages, PagedKVCache, SlidingWindowKVCache
 from fastattn.nn.feed_forward import FeedForward, GatedFeedForward
 from fastattn.nn.language_model import CausalLM
+from fastattn.nn.linear import Linear
 from fastattn.nn.multihead_attention import MultiheadAttention
 from fastattn.nn.norm import LayerNorm, RMSNorm
 from fastattn.nn.positions import ALiBi, LearnedPositions, RotaryEmbedding, SinusoidalPositions
@@ -24,6 +25,7 @@ __all__ = [
     "KVCache",
     "LayerNorm",
     "LearnedPositions",
+    "Linear",
     "MultiheadAttention",
     "OutOfPages",
     "PagedKVCache",

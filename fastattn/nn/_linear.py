@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastattn import functional
 from fastattn.nn.activation import GELU
+from fastattn.nn.linear import Linear
 
 __all__ = ["ACTIVATIONS", "Activation", "activate", "activation_name", "projected"]
 
@@ -86,11 +87,11 @@ def projected(linear: nn.Module, x: Tensor, activation: Activation) -> Tensor:
     name = activation_name(activation)
     if (
         name is not None
-        and is_plain(linear, nn.Linear)
+        and (is_plain(linear, Linear) or is_plain(linear, nn.Linear))
         and linear.bias is not None
         and not x.is_nested
     ):
-        return ACTIVATIONS[name][1](nn.functional.linear(x, linear.weight), linear.bias)
+        return ACTIVATIONS[name][1](functional.linear(x, linear.weight), linear.bias)
     return activate(linear(x), activation)
 
 

@@ -24,6 +24,7 @@ from fastattn.nn._attention_call import (
 from fastattn.nn._nested import is_nested, pack, rows
 from fastattn.nn.cache import SlidingWindowKVCache
 from fastattn.nn.cache.base import require_sizes
+from fastattn.nn.linear import Linear
 from fastattn.nn.positions import ALiBi, RotaryEmbedding, packed_positions
 
 __all__ = ["Attention"]
@@ -160,11 +161,11 @@ class Attention(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         q_dim, k_dim = num_heads * head_dim, num_kv_heads * head_dim
         out_dim = num_heads * value_head_dim
-        self.q_proj = nn.Linear(embed_dim, q_dim, bias=q_bias, **factory)
-        self.k_proj = nn.Linear(context_dim, k_dim, bias=k_bias, **factory)
-        self.v_proj = nn.Linear(context_dim, num_kv_heads * value_head_dim, bias=v_bias, **factory)
-        self.o_proj = nn.Linear(out_dim, embed_dim, bias=out_bias, **factory)
-        self.gate_proj = nn.Linear(embed_dim, out_dim, bias=out_bias, **factory) if gate else None
+        self.q_proj = Linear(embed_dim, q_dim, bias=q_bias, **factory)
+        self.k_proj = Linear(context_dim, k_dim, bias=k_bias, **factory)
+        self.v_proj = Linear(context_dim, num_kv_heads * value_head_dim, bias=v_bias, **factory)
+        self.o_proj = Linear(out_dim, embed_dim, bias=out_bias, **factory)
+        self.gate_proj = Linear(embed_dim, out_dim, bias=out_bias, **factory) if gate else None
         per_head = qk_norm_over == "head"
         self.q_norm = make_norm(qk_norm, head_dim if per_head else q_dim, factory)
         self.k_norm = make_norm(qk_norm, head_dim if per_head else k_dim, factory)

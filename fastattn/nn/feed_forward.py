@@ -12,6 +12,7 @@ from fastattn import functional
 from fastattn.nn._linear import Activation, activate, activation_name, projected
 from fastattn.nn._nested import is_nested, on_rows
 from fastattn.nn.cache.base import require_sizes
+from fastattn.nn.linear import Linear
 
 __all__ = ["FeedForward", "GatedFeedForward"]
 
@@ -99,8 +100,8 @@ class FeedForward(_FeedForward):
     ) -> None:
         super().__init__(embed_dim, hidden_dim, activation=activation, dropout=dropout)
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.up_proj = nn.Linear(embed_dim, hidden_dim, **factory)
-        self.down_proj = nn.Linear(hidden_dim, embed_dim, **factory)
+        self.up_proj = Linear(embed_dim, hidden_dim, **factory)
+        self.down_proj = Linear(hidden_dim, embed_dim, **factory)
 
     def _hidden(self, x: Tensor) -> Tensor:
         return projected(self.up_proj, x, self.activation)
@@ -146,9 +147,9 @@ class GatedFeedForward(_FeedForward):
     ) -> None:
         super().__init__(embed_dim, hidden_dim, activation=activation, dropout=dropout)
         factory: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
-        self.gate_proj = nn.Linear(embed_dim, hidden_dim, **factory)
-        self.up_proj = nn.Linear(embed_dim, hidden_dim, **factory)
-        self.down_proj = nn.Linear(hidden_dim, embed_dim, **factory)
+        self.gate_proj = Linear(embed_dim, hidden_dim, **factory)
+        self.up_proj = Linear(embed_dim, hidden_dim, **factory)
+        self.down_proj = Linear(hidden_dim, embed_dim, **factory)
 
     def _hidden(self, x: Tensor) -> Tensor:
         gate, up = self.gate_proj(x), self.up_proj(x)

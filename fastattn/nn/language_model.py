@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastattn import functional
 from fastattn.nn._nested import is_nested, pack, rows
 from fastattn.nn.cache import KVCache, SlidingWindowKVCache
 from fastattn.nn.cache.base import BaseCache, require_sizes
+from fastattn.nn.linear import Linear
 from fastattn.nn.norm import RMSNorm
 from fastattn.nn.positions import packed_positions
 
@@ -107,7 +109,7 @@ class CausalLM(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(blocks)
         self.norm = RMSNorm(embed_dim, eps=1e-6, **factory) if norm is None else norm(embed_dim)
-        self.head = None if tied else nn.Linear(embed_dim, vocab_size, bias=head_bias, **factory)
+        self.head = None if tied else Linear(embed_dim, vocab_size, bias=head_bias, **factory)
         if not len(self.blocks):
             raise ValueError("blocks: expected at least one")
         self.reset_parameters()
@@ -232,7 +234,7 @@ class CausalLM(nn.Module):
 
     def _logits(self, x: Tensor) -> Tensor:
         if self.head is None:
-            logits = nn.functional.linear(x, self.embedding.weight)
+            logits = functional.linear(x, self.embedding.weight)
         else:
             logits = self.head(x)
         if self.logit_softcap is None:

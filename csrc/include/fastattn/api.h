@@ -3,6 +3,7 @@
 
 #include "activation_params.h"
 #include "kv_cache_params.h"
+#include "linear_params.h"
 #include "norm_params.h"
 #include "params.h"
 #include "rope_params.h"
@@ -44,6 +45,7 @@ Status activation_forward(const ActivationParams& params, const Threads& threads
 Status activation_backward(const ActivationParams& params, const Threads& threads);
 
 Status rope(const RopeParams& params, const Threads& threads);
+Status linear(const LinearParams& params, const Threads& threads);
 
 // Name of the schedule that attention_forward takes for these params: "tile", "decode", or "decode
 // and tile" where the sequences of a batch differ.

@@ -77,7 +77,7 @@ def attention_forward(
     options: dict[str, Any] = {"scale": scaling, "softcap": softcap, "dropout_p": dropout}
     if s_aux is not None:
         options["sink"] = s_aux
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = _is_causal(module) if is_causal is None else is_causal
     wants_weights = output_attentions or _captures_attentions()
     if cu_seq_lens_q is not None:
         bounds = (cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k)
@@ -120,6 +120,15 @@ def attend(
         options.pop(name, None)
     weights = attention_weights(query, key, lse, **options)
     return out.transpose(1, 2), weights.to(query.dtype)
+
+
+def _is_causal(module: nn.Module) -> bool:
+    """What a module says; without a word, classes of transformers are not (cross-attention of
+    Mllama, some encoders), and for others it is as in "sdpa"."""
+    found = getattr(module, "is_causal", None)
+    if found is None:
+        return not type(module).__module__.startswith("transformers.models.")
+    return bool(found)
 
 
 def _captures_attentions() -> bool:

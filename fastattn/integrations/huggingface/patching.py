@@ -45,6 +45,7 @@ def patch(
     norms: bool = False,
     activations: bool = False,
     rotary: bool = False,
+    linears: bool = False,
     unpad: bool = False,
     strict: bool = True,
 ) -> tuple[_Model, ConversionReport]:
@@ -60,6 +61,8 @@ def patch(
         norms: LayerNorm and RMSNorm, each family's in its own casting (Llama's and Gemma's differ).
         activations: GELU, SiLU and ReLU, and gated feed-forward layers in one pass.
         rotary: the rotary embedding of query and key in one pass.
+        linears: linear layers with few rows in 16 bits on the CPU, as in decoding, at the speed of
+            memory; see :func:`fastattn.functional.linear`.
         unpad: encoders of the BERT kind run on packed sequences, without the rows of padding, which
             are 0 in their result. Needs attention.
         strict: raise if there is attention that can be put on fastattn in neither way.
@@ -89,7 +92,13 @@ def patch(
             "model: expected attention that goes through transformers' interface or has an "
             f"adapter, got {class_name(own_class(module))} ({path}); strict=False keeps it"
         )
-    asked = {"norms": norms, "activations": activations, "rotary": rotary, "unpad": unpad}
+    asked = {
+        "norms": norms,
+        "activations": activations,
+        "rotary": rotary,
+        "linears": linears,
+        "unpad": unpad,
+    }
     rules = [RULES[name] for name, wanted in asked.items() if wanted]
     kept = {module for _, module in left}
     record = model.__dict__.setdefault("_fastattn_before", _Before())

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from fastattn.integrations.huggingface.fused import activations, norms, padding, rotary
+from fastattn.integrations.huggingface.fused import activations, linear, norms, padding, rotary
 
 __all__ = ["RULES"]
 
@@ -18,5 +18,6 @@ RULES: dict[str, Callable[[nn.Module], type[nn.Module] | str | None]] = {
     "norms": norms.rule,
     "activations": activations.rule,
     "rotary": rotary.rule,
+    "linears": linear.rule,
     "unpad": padding.rule,
 }
