@@ -46,8 +46,8 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         (\*, out_features) in the dtype of input.
 
     Raises:
-        TypeError: for the type or dtype of an argument. ValueError: for its shape or device.
-        (torch's function has its own errors.)
+        TypeError: for the type or dtype of an argument. ValueError: for its shape or device. What
+            goes to torch's function raises torch's errors.
 
     >>> x, weight, bias = (torch.randn(s).bfloat16() for s in ((1, 64), (32, 64), (32,)))
     >>> torch.testing.assert_close(
