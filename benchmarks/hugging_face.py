@@ -54,7 +54,7 @@ QUICK_LLAMA = transformers.LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
-ALL = {"norms": True, "activations": True, "rotary": True}
+ALL = {"norms": True, "activations": True, "rotary": True, "linears": True}
 
 
 def decoder(config: Any, dtype: torch.dtype, implementation: str) -> Any:

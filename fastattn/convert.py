@@ -40,7 +40,7 @@ _OURS: dict[Class, Class] = {
     torch_nn.TransformerEncoderLayer: nn.TransformerEncoderLayer,
 }
 _MAX_HEAD_DIM = 512
-_TORCHS = {ours: torchs for torchs, ours in _OURS.items()}
+_TORCHS = {ours: torchs for torchs, ours in _OURS.items()} | {nn.Linear: torch_nn.Linear}
 
 
 def convert(model: _Model, *, inplace: bool = False) -> tuple[_Model, ConversionReport]:
@@ -71,7 +71,7 @@ def convert(model: _Model, *, inplace: bool = False) -> tuple[_Model, Conversion
     >>> print(report)
     torch.nn.LayerNorm -> fastattn.nn.LayerNorm: 1
     torch.nn.Sequential kept: no counterpart in fastattn.nn: (model)
-    torch.nn.Linear kept: no counterpart in fastattn.nn: 0
+    torch.nn.Linear kept: other tools look for this class (fastattn.nn.Linear is for decoding): 0
     >>> converted[1].weight is model[1].weight
     True
     """
@@ -114,6 +114,8 @@ def _for_ours(module: torch_nn.Module) -> Class | str:
         return _obstacle(module) or _OURS[cls]
     if _is_ours(cls):
         return "already of fastattn"
+    if cls is torch_nn.Linear:
+        return "other tools look for this class (fastattn.nn.Linear is for decoding)"
     base = next((base for base in cls.__mro__ if base in _OURS or _is_ours(base)), None)
     if base is None:
         return "no counterpart in fastattn.nn"

@@ -62,7 +62,8 @@ def test_every_part_is_ours_and_nothing_warns(name):
         built = model(name, device="meta", batch_first=False)
     assert all(p.is_meta for p in built.parameters())
     for module in built.modules():
-        assert type(module) is getattr(fnn, type(module).__name__, type(module))
+        if type(module) is not nn.Linear:  # which convert and revert leave alone
+            assert type(module) is getattr(fnn, type(module).__name__, type(module))
 
 
 @pytest.mark.parametrize("norm_first", [False, True])

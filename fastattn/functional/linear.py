@@ -10,7 +10,7 @@ from torch.nn import Parameter
 
 from fastattn._ops import linear as _ops
 from fastattn._ops.common import is_transformed
-from fastattn._ops.errors import checked
+from fastattn._ops.errors import user_error
 from fastattn.functional import _arguments
 
 __all__ = ["linear"]
@@ -59,8 +59,11 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is not None and not isinstance(bias, Tensor):
         _arguments.require_tensors(bias=bias)
     if _is_for_our_kernel(input, weight, bias):
-        names = ("input", "weight", "bias")
-        out: Tensor = checked(_ops.linear, input, weight, bias, names=names)
+        try:  # not by `checked`, which would take a tenth of a small call
+            out: Tensor = _ops.linear(input, weight, bias)
+        except RuntimeError as error:
+            named = {"input": input, "weight": weight, "bias": bias}
+            raise user_error(error, named) from None
         return out
     autocast = torch.is_autocast_enabled("cuda" if input.is_cuda else "cpu")
     if bias is None or bias.dtype == input.dtype or autocast:
@@ -89,9 +92,12 @@ def _is_for_our_kernel(input: Tensor, weight: Tensor, bias: Tensor | None) -> bo
 
 def _has_contiguous_rows_or_columns(weight: Tensor) -> bool:
     # A matrix of one row or column is always one of the two; what is no matrix the op refuses.
-    return weight.dim() != 2 or 1 in weight.stride() or 1 in weight.shape or 0 in weight.shape
+    return 1 in weight.stride() or weight.dim() != 2 or min(weight.shape) <= 1
 
 
-def _needs_autograd(*tensors: Tensor | None) -> bool:
-    asked = any(x is not None and x.requires_grad for x in tensors)
-    return (asked and torch.is_grad_enabled()) or is_transformed()
+def _needs_autograd(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if torch.is_grad_enabled() and (
+        input.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return True
+    return is_transformed()

@@ -24,6 +24,7 @@ from fastattn._replacement import (
 from fastattn.integrations.huggingface.adapters import ADAPTERS
 from fastattn.integrations.huggingface.fused import RULES
 from fastattn.integrations.huggingface.registration import NAME, register
+from fastattn.nn import MultiheadAttention
 
 __all__ = ["patch", "unpatch"]
 
@@ -182,6 +183,8 @@ _READS: dict[Class, bool] = {}
 
 
 def _adapter(cls: Class) -> Class | None:
+    if cls is nn.MultiheadAttention:  # in pooling heads
+        return MultiheadAttention
     if cls.__module__ not in ADAPTERS:
         return None
     replacements = importlib.import_module(ADAPTERS[cls.__module__]).REPLACEMENTS
@@ -190,4 +193,4 @@ def _adapter(cls: Class) -> Class | None:
 
 
 def _is_adapter(cls: Class) -> bool:
-    return cls.__module__ in ADAPTERS.values()
+    return cls is MultiheadAttention or cls.__module__ in ADAPTERS.values()

@@ -23,4 +23,7 @@ _FAMILIES = (
 ADAPTERS = {
     f"transformers.models.{family}.modeling_{family}": f"{__name__}.{family}"
     for family in _FAMILIES
-} | {"transformers.models.blip.modeling_blip_text": f"{__name__}.blip"}
+} | {
+    "transformers.models.blip.modeling_blip_text": f"{__name__}.blip",
+    "transformers.models.idefics.perceiver": f"{__name__}.idefics",
+}
