@@ -4,6 +4,7 @@
 #   make gpu      on a machine with a GPU: build, tests, sanitizer and benchmarks there, in 10 minutes;
 #                 as it is, with PYTHON, which has all it needs: it installs nothing
 #   make emulated test the CUDA kernels without a GPU, over tests/emulator/cuda
+#   make example NAME=vit_digits    run examples/vit_digits.py (ARGS: what else to pass to it)
 #   make build    compile what changed
 #   make check    format, lint, types, and what must hold for sources and objects (tests/static)
 #   make clean    remove what was built
@@ -20,7 +21,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 BUILD_TOOLS := "setuptools>=77" ninja "pybind11>=2.13"
 CXX_FILES = $(shell find csrc tests \( -name '*.h' -o -name '*.inc' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: test bench gpu emulated build check clean
+.PHONY: test bench gpu emulated example build check clean
 .DELETE_ON_ERROR:
 
 test: $(VENV)/.ready-test build
@@ -38,6 +39,9 @@ gpu:
 emulated: $(VENV)/.ready-test
 	FASTATTN_CUDA=emulate $(BIN)/python setup.py -q build --build-lib build/emulated_cuda
 	PYTHONPATH=build/emulated_cuda FASTATTN_CPU_ISA=sm80 $(BIN)/pytest -q -m "not slow" tests/test_attention_*.py
+
+example: $(VENV)/.ready-examples build
+	$(BIN)/python examples/$(NAME).py $(ARGS)
 
 build: $(VENV)/.ready-build
 	$(BIN)/python setup.py -q build_ext --inplace
