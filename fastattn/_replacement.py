@@ -16,6 +16,7 @@ __all__ = [
     "ConversionReport",
     "class_name",
     "named_modules",
+    "obstacle",
     "own_class",
     "replace_classes",
     "set_class",
@@ -54,12 +55,15 @@ class ConversionReport:
 def replace_classes(
     model: torch_nn.Module, verdict: Callable[[torch_nn.Module], Class | str | None]
 ) -> ConversionReport:
-    """verdict: the class that a module gets, why it keeps its own, or None: it is not reported."""
+    """verdict: the class that a module gets, why it keeps its own, or None: it is not reported.
+
+    A module whose class is not what a call of it runs keeps it, whatever the verdict.
+    """
     found: dict[tuple[Class, Class | str], list[str]] = {}
     verdicts: dict[torch_nn.Module, tuple[Class, Class | str | None]] = {}
     for path, module in named_modules(model):
         if module not in verdicts:
-            verdicts[module] = own_class(module), verdict(module)
+            verdicts[module] = own_class(module), _possible(module, verdict(module))
         source, target = verdicts[module]
         if target is not None:
             found.setdefault((source, target), []).append(path)
@@ -76,6 +80,21 @@ def replace_classes(
         tuple(entry for entry in entries if entry.target is not None),
         tuple(entry for entry in entries if entry.target is None),
     )
+
+
+def obstacle(module: torch_nn.Module) -> str | None:
+    """Why another class would not do for a module, whatever its own is."""
+    if "forward" in vars(module):  # accelerate puts one there
+        return "its forward was replaced on the instance"
+    if getattr(module, "qconfig", None) is not None:
+        return "prepared for quantisation"
+    return None
+
+
+def _possible(module: torch_nn.Module, target: Class | str | None) -> Class | str | None:
+    if target is None or isinstance(target, str):
+        return target
+    return obstacle(module) or target
 
 
 def set_class(module: torch_nn.Module, target: Class) -> None:

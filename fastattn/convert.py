@@ -111,7 +111,7 @@ def _for_ours(module: torch_nn.Module) -> Class | str:
     if isinstance(module, torch_nn.MultiheadAttention) and module.head_dim > _MAX_HEAD_DIM:
         return f"fastattn has heads up to {_MAX_HEAD_DIM}"
     if cls in _OURS:
-        return _obstacle(module) or _OURS[cls]
+        return _OURS[cls]
     if _is_ours(cls):
         return "already of fastattn"
     if cls is torch_nn.Linear:
@@ -133,16 +133,7 @@ def _for_torchs(module: torch_nn.Module) -> Class | str:
         return _why_derived(module, base)
     if isinstance(module, nn.RMSNorm) and module.casting != "fp32":
         return f"torch.nn.RMSNorm has no casting {module.casting!r}"
-    return _obstacle(module) or _TORCHS[cls]
-
-
-def _obstacle(module: torch_nn.Module) -> str | None:
-    """Why a module whose class has a counterpart is kept."""
-    if "forward" in vars(module):
-        return "its forward was replaced on the instance"
-    if getattr(module, "qconfig", None) is not None:
-        return "prepared for quantisation"
-    return None
+    return _TORCHS[cls]
 
 
 def _why_derived(module: torch_nn.Module, base: Class) -> str:

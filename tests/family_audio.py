@@ -4,8 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
-from family_cases import VOCABULARY, Family, drawn, randomise, text
+from family_cases import VOCABULARY, Family, drawn, of_transformers, text
 
 ROWS = 2
 # 60 frames to the encoder.
@@ -77,9 +76,7 @@ def audio(
     **fields: Any,
 ) -> Family:
     def build() -> Any:
-        made = getattr(transformers, f"{name}Config")(**config)
-        made._attn_implementation = "eager"
-        return randomise(getattr(transformers, f"{name}{model}")(made))
+        return of_transformers(name, model, config)
 
     return Family(label, "audio", "hook", build, inputs, **fields)
 

@@ -115,6 +115,14 @@ def oracle_results(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
         return results(model.double(), inputs)
 
 
+def of_transformers(name: str, model: str, config: dict[str, Any], seed: int = 0) -> Any:
+    """<name><model> with <name>Config, with random weights and eager attention in every part."""
+    transformers = importlib.import_module("transformers")
+    made = getattr(transformers, f"{name}Config")(**config)
+    made._attn_implementation = "eager"
+    return randomise(getattr(transformers, f"{name}{model}")(made), seed)
+
+
 def results(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
     """Every floating output, where padding does not make it arbitrary, and the gradient of every
     parameter from all of them."""

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
-from family_cases import LENGTH, VOCABULARY, Family, drawn, randomise, text
+from family_cases import LENGTH, VOCABULARY, Family, drawn, of_transformers, text
 
 ROWS = 2
 # Tokens that text() does not draw.
@@ -172,9 +171,7 @@ def multimodal(
     **fields: Any,
 ) -> Family:
     def build() -> Any:
-        made = getattr(transformers, f"{name}Config")(**config)
-        made._attn_implementation = "eager"
-        return randomise(getattr(transformers, f"{name}{model}")(made), seed)
+        return of_transformers(name, model, config, seed)
 
     return Family(label, "vision + text", "hook", build, inputs, **fields)
 

@@ -4,8 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
-from family_cases import Family, drawn, randomise
+from family_cases import Family, drawn, of_transformers
 
 # The names that ViT's relatives have in common; 17 tokens.
 VIT = {
@@ -99,9 +98,7 @@ def vision(
     **fields: Any,
 ) -> Family:
     def build() -> Any:
-        made = getattr(transformers, f"{name}Config")(**config)
-        made._attn_implementation = "eager"
-        return randomise(getattr(transformers, f"{name}{model}")(made))
+        return of_transformers(name, model, config)
 
     return Family(label, "vision", "hook", build, inputs, **{"paddings": ("none",)} | fields)
 

@@ -117,6 +117,22 @@ def test_what_is_kept_says_why():
     }
 
 
+def test_a_forward_on_the_instance_is_kept():
+    model = causal_lm("Llama", **MODERN)
+    norm = model.model.norm
+    norm.forward = norm.forward
+    _, report = huggingface.patch(model, **ALL)
+    assert type(norm).__name__ == "LlamaRMSNorm"
+    assert [entry.paths for entry in report.kept] == [("model.norm",)]
+    bloom = causal_lm("Bloom", vocab_size=99, hidden_size=32, n_layer=1, n_head=4)
+    attention = bloom.transformer.h[0].self_attention
+    attention.forward = attention.forward
+    with pytest.raises(ValueError, match=r"BloomAttention .* strict=False keeps it"):
+        huggingface.patch(bloom)
+    _, report = huggingface.patch(bloom, strict=False)
+    assert report.kept[0].reason == "its forward was replaced on the instance"
+
+
 def test_copies_and_pickles():
     model, _ = huggingface.patch(causal_lm("Llama", **MODERN), **ALL)
     want = model(**text("none")).logits

@@ -77,6 +77,11 @@ def test_a_compiled_encoder_keeps_its_padding():
     torch.testing.assert_close(got[mask], want[mask])
 
 
+def test_unpadding_needs_attention():
+    with pytest.raises(ValueError, match=r"^unpad: expected attention=True"):
+        huggingface.patch(encoder(), attention=False, unpad=True)
+
+
 def rows(length, seed):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, 3, length, 4, generator=generator)
@@ -126,14 +131,14 @@ def test_what_transformers_does_to_a_cache(change):
     for cache in (ours, theirs):
         filled(cache, (9, 1))
         change(cache)
-    for cache in (ours, copy.deepcopy(ours), theirs):
+    caches = [ours, copy.deepcopy(ours), theirs]
+    for cache in caches:
         batch = cache.layers[0].keys.shape[0] if cache.get_seq_length() else 2
         new = rows(2, 7)[:1].repeat(batch, 1, 1, 1)
-        results = cache.update(new, new, 0)
-    want = theirs.layers[0]
-    for got in (ours.layers[0],):
-        assert torch.equal(got.keys, want.keys) and torch.equal(got.values, want.values)
-    assert results[0].shape == want.keys.shape
+        cache.update(new, -new, 0)
+    *got, want = (cache.layers[0] for cache in caches)
+    for layer in got:
+        assert torch.equal(layer.keys, want.keys) and torch.equal(layer.values, want.values)
 
 
 def test_what_a_copy_writes_stays_with_it():

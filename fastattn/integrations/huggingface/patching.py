@@ -17,6 +17,7 @@ from fastattn._replacement import (
     ConversionReport,
     class_name,
     named_modules,
+    obstacle,
     own_class,
     replace_classes,
     set_class,
@@ -29,6 +30,8 @@ from fastattn.nn import MultiheadAttention
 __all__ = ["patch", "unpatch"]
 
 _Model = TypeVar("_Model", bound=nn.Module)
+
+_NO_ADAPTER = "attention outside of transformers' interface, without an adapter"
 
 
 @dataclass
@@ -73,7 +76,7 @@ def patch(
 
     Raises:
         TypeError: for a model that is no module. ValueError: for attention that would stay as it
-            is, unless strict is False. The model is as it was then.
+            is, unless strict is False, and for unpad without attention. The model is as it was.
 
     >>> from transformers import BloomConfig, BloomModel
     >>> model = BloomModel(BloomConfig(vocab_size=99, hidden_size=32, n_layer=2, n_head=4))
@@ -86,6 +89,8 @@ def patch(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    if unpad and not attention:
+        raise ValueError("unpad: expected attention=True with it (packed rows need it), got False")
     left = list(_uncovered_attention(model)) if attention else []
     if left and strict:
         path, module = left[0]
@@ -108,7 +113,9 @@ def patch(
 
     def verdict(module: nn.Module) -> Class | str | None:
         if module in kept:
-            return "attention outside of transformers' interface, without an adapter"
+            return (
+                obstacle(module) or "attention outside of transformers' interface, without adapter"
+            )
         if attention and (adapter := _adapter(own_class(module))) is not None:
             return adapter
         verdicts = (rule(module) for rule in rules)
@@ -162,14 +169,16 @@ def _uncovered_attention(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     that does."""
     for path, module in model.named_modules():
         cls = own_class(module)
-        if "Attention" in cls.__name__ and cls.__module__.startswith("transformers."):
-            parts = {own_class(part) for part in module.modules()}
-            if not any(_is_covered(part) for part in parts):
-                yield path, module
+        is_attention = "Attention" in cls.__name__ and cls.__module__.startswith("transformers.")
+        if is_attention and not any(_is_covered(part) for part in module.modules()):
+            yield path, module
 
 
-def _is_covered(cls: Class) -> bool:
-    return _reads_interface(cls) or _adapter(cls) is not None or _is_adapter(cls)
+def _is_covered(module: nn.Module) -> bool:
+    cls = own_class(module)
+    if _adapter(cls) is not None:
+        return obstacle(module) is None
+    return _reads_interface(cls) or _is_adapter(cls)
 
 
 def _reads_interface(cls: Class) -> bool:
