@@ -26,11 +26,11 @@ std::atomic<bool>& emulation() {
   return on;
 }
 
+}  // namespace
+
 cuda::Place place_of(const Tensor&) {
   return {0, nullptr};
 }
-
-}  // namespace
 
 bool emulating() {
   return emulation().load(std::memory_order_relaxed);
@@ -46,21 +46,17 @@ Backend backend_of(const Tensor&) {
 
 #elif defined(FASTATTN_WITH_CUDA)
 
-namespace {
-
-cuda::Place place_of(const Tensor& query) {
-  cuda::Place place{query.get_device_index(), nullptr};
+cuda::Place place_of(const Tensor& like) {
+  cuda::Place place{like.get_device_index(), nullptr};
   if (!current_cuda_stream(place.device, &place.stream)) {
     throw std::runtime_error("fastattn cannot find torch's current CUDA stream");
   }
   return place;
 }
 
-}  // namespace
-
-Backend backend_of(const Tensor& query) {
+Backend backend_of(const Tensor& like) {
   int32_t type = 0;
-  check_torch(aoti_torch_get_device_type(query.get(), &type));
+  check_torch(aoti_torch_get_device_type(like.get(), &type));
   const bool cuda = type == aoti_torch_device_type_cuda();
   return {.cuda = cuda, .on_device = cuda};
 }
@@ -75,8 +71,6 @@ Backend backend_of(const Tensor&) {
 
 #ifdef FASTATTN_WITH_CUDA
 
-namespace {
-
 void check_cuda_status(Status status) {
   if (status == Status::kNotBuilt) {
     throw std::runtime_error(
@@ -89,8 +83,6 @@ void check_cuda_status(Status status) {
   }
   check_status(status);
 }
-
-}  // namespace
 
 #endif
 

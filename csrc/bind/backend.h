@@ -1,11 +1,11 @@
-// Which kernels an attention op runs on: csrc/cpu's, csrc/cuda's, or, in a build for tests, those
-// of csrc/cuda over an emulator that computes on the CPU. Here alone the ops learn of the
-// difference.
+// Which kernels an op runs on: csrc/cpu's, csrc/cuda's, or, in a build for tests, those of csrc/cuda
+// over an emulator that computes on the CPU. Here alone the ops learn of the difference.
 #pragma once
 
 #include <memory>
 #include <string>
 
+#include "fastattn/cuda_api.h"
 #include "fastattn/params.h"
 #include "tensor_args.h"
 
@@ -21,11 +21,18 @@ struct Backend {
   bool on_device = false;  // what the tensors hold is out of the host's reach
 };
 
-// That of an attention op whose tensors are on the device of `query`.
-Backend backend_of(const Tensor& query);
+// That of an op whose tensors are on the device of `like`.
+Backend backend_of(const Tensor& like);
+
+#ifdef FASTATTN_WITH_CUDA
+// The device of `like` and the stream that torch works in there.
+cuda::Place place_of(const Tensor& like);
+// Throws what a status of csrc/cuda means to the user.
+void check_cuda_status(Status status);
+#endif
 
 #ifdef FASTATTN_CUDA_EMULATE
-// Whether attention on CPU tensors runs on the emulator: the level of this name is in use, by
+// Whether ops on CPU tensors run on the emulator: the level of this name is in use, by
 // FASTATTN_CPU_ISA at first.
 constexpr const char* kEmulatedLevel = "sm80";
 bool emulating();
