@@ -10,7 +10,7 @@
 namespace fastattn::cuda {
 namespace {
 
-// Of lse2, and of delta.
+// Of row_lse, and of delta.
 int64_t stats_rows(const AttentionParams& p) {
   return p.heads_q * padded_rows(p) + kRowSlack;
 }
@@ -76,8 +76,8 @@ BackwardParams backward_params(const AttentionGradParams& g, bool fused, void* w
   params.inner_scale = p.softcap != 0 ? static_cast<float>(p.scale / p.softcap) : 0.0f;
   params.unit = (has_terms(p) ? 1.0f : params.scale) * std::numbers::log2e_v<float>;
   params.survivor = p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
-  params.lse2 = static_cast<float*>(workspace);
-  params.delta = params.lse2 + stats_rows(p);
+  params.row_lse = static_cast<float*>(workspace);
+  params.delta = params.row_lse + stats_rows(p);
   params.padded_rows = padded_rows(p);
   params.dquery_sums = fused ? params.delta + stats_rows(p) : nullptr;
   return params;

@@ -66,7 +66,7 @@ struct DkDvConfig {
   // A tile of queries.
   struct Stage {
     SharedTile<T, kQueries, kHeadDim> query, dout;
-    alignas(16) float lse2[kQueries], delta[kQueries];
+    alignas(16) float row_lse[kQueries], delta[kQueries];
   };
   struct None {};
   struct Shared {
@@ -181,13 +181,13 @@ class FlashDkDv {
   // Queries `first` to first + kPart of the step: as many as the registers hold scores of.
   template <bool kMasked>
   FA_DEVICE void add_part(int n, const Stage& stage, int first, bool may_leak) {
-    const auto lse2 = [&](int, int c, int e) { return of_column(stage.lse2 + first, c, e); };
+    const auto row_lse = [&](int, int c, int e) { return of_column(stage.row_lse + first, c, e); };
     const auto delta = [&](int, int c, int e) { return of_column(stage.delta + first, c, e); };
     Scores scores;
     scores.weights.set_zero();
     multiply_rows(scores.weights, shared.key, warp_row(), stage.query, first);
     if constexpr (kMasked) scores.mask_tile(place_of(n, first));
-    scores.template recompute_p<kMasked>(params.unit, lse2);
+    scores.template recompute_p<kMasked>(params.unit, row_lse);
     if constexpr (Config::kTerms) scores.drop(place_of(n, first));
     if constexpr (Config::kDv) {
       Tile kept = scores.survivors(params.survivor);
@@ -267,7 +267,7 @@ class FlashDkDv {
     load_tile<kThreads>(stage.dout, thread, params.dout,
                         QueryTileRows<T>(g.dout, seq, tile, seq.len_q));
     const int64_t origin = padded_origin(params, seq, tile.first_head) + tile.first;
-    load_of_rows(stage.lse2, params.lse2 + origin);
+    load_of_rows(stage.row_lse, params.row_lse + origin);
     load_of_rows(stage.delta, params.delta + origin);
     ptx::cp_async_commit();
   }

@@ -22,6 +22,7 @@ struct ForwardConfig {
   static constexpr int kHeadDim = kDim, kWarps = kNumWarps, kThreads = 32 * kNumWarps;
   static constexpr int kM = kRowTiles, kQueries = 16 * kRowTiles * kNumWarps, kKeys = kNumKeys;
   static constexpr bool kTerms = kWithTerms, kInt8 = sizeof(C) == 1;
+  static constexpr Maximum kMaximum = kTerms ? Maximum::kScore : Maximum::kExponent;
 
   struct Shared {
     ForwardPlan plan;
@@ -202,7 +203,8 @@ class FlashForward {
         const float row_sum = sum_of_row(state.row_sum[m][half]);
         const int r = warp_row + row_of(m, 2 * half);
         const int64_t i = tile.query(r), head = tile.head(r);
-        const RowResult row = result_of_row(params, seq, head, i, state.row_max[m][half], row_sum);
+        const RowResult row =
+            result_of_row<Config::kMaximum>(params, seq, head, i, state.row_max[m][half], row_sum);
         const bool stores_lse = ptx::lane_id() % 4 == 0 && i < seq.rows_q;
         if (stores_lse) store_lse(params, plan, head, i, row.lse);
 #pragma unroll
@@ -261,7 +263,7 @@ class FlashForward {
   const Sequence& seq;
   const QueryTile& tile;
   const int thread, warp_row;
-  SoftmaxState<kM> state;
+  SoftmaxState<kM, Config::kMaximum> state;
   Output acc_o;
 };
 

@@ -87,11 +87,13 @@ FA_DEVICE void scale_columns(Accumulator<kM, kN>& scores, const float* scales) {
 }
 
 // The result of row i < rows_q of a head. Rows that take no part have none.
+template <Maximum kMaximum>
 FA_DEVICE RowResult result_of_row(const ForwardParams& params, const Sequence& seq, int64_t head,
                                   int64_t i, float row_max, float row_sum) {
   if (i >= seq.len_q) return {0.0f, -infinity()};
   const bool is_partial = params.splits > 1;
-  return finalize_row(row_max, row_sum, is_partial ? -infinity() : sink_of(params.attention, head));
+  const float sink = is_partial ? -infinity() : sink_of(params.attention, head);
+  return finalize_row<kMaximum>(row_max, row_sum, sink);
 }
 
 // Where element 0 of row i of a head lies in out or lse.

@@ -1,5 +1,5 @@
-// Online softmax of a warp's rows (Milakov and Gimelshein, 2018), in powers of two: scores are
-// products times `unit`, which holds log2(e).
+// Online softmax of a warp's rows (Milakov and Gimelshein, 2018), in powers of two: exponents are
+// scores times `unit`, which holds log2(e).
 #pragma once
 
 #include "mma_tile.cuh"
@@ -33,19 +33,31 @@ FA_DEVICE float sink_of(const AttentionParams& p, int64_t head) {
   return static_cast<const float*>(p.sink.data)[head * p.sink.stride[2]];
 }
 
+// What the maximum of a row is kept as. The exponent of a weight is the difference between two
+// numbers that may be as far from 0 as a bias is: an additive mask hides all keys of a query that
+// is padding behind -1e38.
+enum class Maximum {
+  kExponent,  // in powers of two: one fused operation a weight; for scores of ordinary size
+  kScore      // the score itself: exact however large it is, for one operation more
+};
+
 // A sink is one more key with this score and no value. A row that saw nothing gives nothing. (Its
 // sum says so: the maximum does not know of scores that are NaN.)
+template <Maximum kMaximum>
 FA_DEVICE RowResult finalize_row(float row_max, float row_sum, float sink) {
   if (row_sum == 0) return {0.0f, -infinity()};
-  const float sink2 = sink * kLog2e, reference = fmaxf(row_max, sink2);
-  const float own = ptx::exp2(row_max - reference);
-  const float total = fmaf(row_sum, own, ptx::exp2(sink2 - reference));
-  return {own / total, fmaf(reference, kLn2, logf(total))};
+  constexpr bool kIsScore = kMaximum == Maximum::kScore;
+  constexpr float kUnit = kIsScore ? kLog2e : 1.0f, kNatural = kIsScore ? 1.0f : kLn2;
+  const float of_sink = kIsScore ? sink : sink * kLog2e, reference = fmaxf(row_max, of_sink);
+  const float own = ptx::exp2((row_max - reference) * kUnit);
+  const float total = fmaf(row_sum, own, ptx::exp2((of_sink - reference) * kUnit));
+  return {own / total, fmaf(reference, kNatural, logf(total))};
 }
 
-// The running state of 16 kM rows. row_max has the unit in it; row_sum is this lane's part.
-template <int kM>
+// The running state of 16 kM rows. row_sum is this lane's part.
+template <int kM, Maximum kMaximum>
 struct SoftmaxState {
+  static constexpr bool kIsScore = kMaximum == Maximum::kScore;
   float row_max[kM][2], row_sum[kM][2];
 
   FA_DEVICE void reset() {
@@ -75,8 +87,8 @@ struct SoftmaxState {
           largest = fmaxf(largest, fmaxf(scores.x[m][n][2 * half], scores.x[m][n][2 * half + 1]));
         }
         const float before = row_max[m][half];
-        row_max[m][half] = fmaxf(before, max_of_row(largest) * unit);
-        row_scale[m][half] = ptx::exp2(before - reference(m, half));
+        row_max[m][half] = fmaxf(before, max_of_row(largest) * (kIsScore ? 1.0f : unit));
+        row_scale[m][half] = ptx::exp2((before - reference(m, half)) * (kIsScore ? unit : 1.0f));
         has_grown |= row_max[m][half] != before;
       }
     }
@@ -107,14 +119,15 @@ struct SoftmaxState {
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float origin = -reference(m, half);
+        const float origin = reference(m, half);
         float sum = 0.0f;  // of the tile first: a long chain of additions would round too often
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            scores.x[m][n][e] = ptx::exp2(fmaf(scores.x[m][n][e], unit, origin));
-            sum += scores.x[m][n][e];
+            float& x = scores.x[m][n][e];
+            x = ptx::exp2(kIsScore ? (x - origin) * unit : fmaf(x, unit, -origin));
+            sum += x;
           }
         }
         row_sum[m][half] += sum;
