@@ -131,7 +131,8 @@ std::string schedule_of([[maybe_unused]] const Backend& backend, const Attention
     return std::string(choice.schedule) + ": tiles of " + std::to_string(choice.queries) +
            " rows x " + std::to_string(choice.keys) +
            " keys, heads in a tile: " + std::to_string(choice.heads) +
-           ", parts of the keys: " + std::to_string(choice.parts);
+           ", parts of the keys: " + std::to_string(choice.parts) + ", kernel of " + choice.kernel +
+           (choice.why_not_sm90 ? std::string(" (not of sm90: ") + choice.why_not_sm90 + ")" : "");
   }
 #endif
   return cpu::attention_schedule(params);

@@ -78,7 +78,8 @@ class FlashDecode {
         has_terms(cuda::has_terms(p)) {}
 
   FA_DEVICE void run() {
-    if (thread == 0) shared.plan = ForwardPlan(params, Config::kRows, Config::kRoundKeys);
+    if (thread == 0)
+      shared.plan = ForwardPlan(params, blockIdx.x, Config::kRows, Config::kRoundKeys);
     ptx::sync_block();
     if (plan.tile.first >= seq.rows_q * plan.tile.pack) return;
     state.reset();

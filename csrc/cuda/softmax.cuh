@@ -71,11 +71,16 @@ struct SoftmaxState {
     }
   }
 
-  // Scores become weights 2^(unit s - max), and acc_o and the sums what they are relative to the
-  // new maximum. Hidden scores are -inf.
-  template <int kN, int kOutTiles>
-  FA_DEVICE void step(Accumulator<kM, kN>& scores, float unit, Accumulator<kM, kOutTiles>& acc_o) {
-    float row_scale[kM][2];
+  // What sums so far are to be multiplied by, and whether that changes any of the warp's.
+  struct Growth {
+    float scale[kM][2];
+    bool any;
+  };
+
+  // Raises the maxima to those of these scores. Hidden scores are -inf.
+  template <int kN>
+  FA_DEVICE Growth raise_max(const Accumulator<kM, kN>& scores, float unit) {
+    Growth growth;
     bool has_grown = false;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -88,31 +93,16 @@ struct SoftmaxState {
         }
         const float before = row_max[m][half];
         row_max[m][half] = fmaxf(before, max_of_row(largest) * (kIsScore ? 1.0f : unit));
-        row_scale[m][half] = ptx::exp2((before - reference(m, half)) * (kIsScore ? unit : 1.0f));
+        growth.scale[m][half] = ptx::exp2((before - reference(m, half)) * (kIsScore ? unit : 1.0f));
+        row_sum[m][half] *= growth.scale[m][half];
         has_grown |= row_max[m][half] != before;
       }
     }
-    // After the first tiles maxima seldom grow: most steps have nothing to rescale.
-    if (ptx::any_in_warp(has_grown)) rescale(acc_o, row_scale);
-    weigh(scores, unit);
+    growth.any = ptx::any_in_warp(has_grown);
+    return growth;
   }
 
- private:
-  // Of a row that has seen nothing yet, all weights are to be 0 and not NaN.
-  FA_DEVICE float reference(int m, int half) const {
-    return row_max[m][half] == -infinity() ? 0.0f : row_max[m][half];
-  }
-
-  template <int kOutTiles>
-  FA_DEVICE void rescale(Accumulator<kM, kOutTiles>& acc_o, const float (&row_scale)[kM][2]) {
-    acc_o.for_each([&](int m, int, int e, float& x) { x *= row_scale[m][e / 2]; });
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) row_sum[m][half] *= row_scale[m][half];
-    }
-  }
-
+  // Scores become weights 2^(unit (s - max)), which are added to the sums.
   template <int kN>
   FA_DEVICE void weigh(Accumulator<kM, kN>& scores, float unit) {
 #pragma unroll
@@ -133,6 +123,28 @@ struct SoftmaxState {
         row_sum[m][half] += sum;
       }
     }
+  }
+
+  // The sum of what earlier weights have given. After the first tiles maxima seldom grow: most
+  // steps have nothing to rescale.
+  template <int kOutTiles>
+  static FA_DEVICE void rescale(Accumulator<kM, kOutTiles>& acc_o, const Growth& growth) {
+    if (!growth.any) return;
+    acc_o.for_each([&](int m, int, int e, float& x) { x *= growth.scale[m][e / 2]; });
+  }
+
+  // All three.
+  template <int kN, int kOutTiles>
+  FA_DEVICE void step(Accumulator<kM, kN>& scores, float unit, Accumulator<kM, kOutTiles>& acc_o) {
+    const Growth growth = raise_max(scores, unit);
+    rescale(acc_o, growth);
+    weigh(scores, unit);
+  }
+
+ private:
+  // Of a row that has seen nothing yet, all weights are to be 0 and not NaN.
+  FA_DEVICE float reference(int m, int half) const {
+    return row_max[m][half] == -infinity() ? 0.0f : row_max[m][half];
   }
 };
 
