@@ -74,7 +74,7 @@ EMULATION_FLAGS = [
 
 CUDA_EMULATOR = Path("tests", "emulator", "cuda")
 CUDA_EMULATION_FLAGS = [
-    *("-DFASTATTN_CUDA_EMULATE", "-DFASTATTN_WITH_SM90"),
+    *("-DFASTATTN_CUDA_EMULATE", "-DFASTATTN_WITH_SM90", "-Wno-psabi"),
     *(f"-I{CUDA_EMULATOR}", "-Icsrc/include"),
     "-Wno-unknown-pragmas",  # unroll
     "-ftrivial-auto-var-init=pattern",  # what is read before it is written shows

@@ -99,7 +99,7 @@ def on_gpu():
 
 def skip_without_kernels(dtype=torch.float32, *head_dims):
     """Skips what CUDA has no kernels for, where these would run: on a GPU or on an emulated one."""
-    if not on_gpu() and _C.active_cpu_level() != "sm80":
+    if not on_gpu() and _C.active_cpu_level() not in _C.emulated_levels:
         return
     if dtype == torch.float64:
         pytest.skip("CUDA has no kernels of float64")

@@ -18,30 +18,37 @@ namespace fastattn::bind {
 
 namespace {
 
-std::atomic<bool>& emulation() {
-  static std::atomic<bool> on{[] {
-    const char* level = std::getenv("FASTATTN_CPU_ISA");
-    return level != nullptr && std::string(level) == kEmulatedLevel;
+std::atomic<int>& emulation() {
+  static std::atomic<int> level{[] {
+    const char* name = std::getenv("FASTATTN_CPU_ISA");
+    return name != nullptr ? emulated_level(name) : kNotEmulating;
   }()};
-  return on;
+  return level;
 }
 
 }  // namespace
 
 cuda::Place place_of(const Tensor&) {
-  return {0, nullptr};
+  return {max_of(emulating(), 0), nullptr};
 }
 
-bool emulating() {
+int emulated_level(const std::string& name) {
+  for (int level = 0; level < static_cast<int>(std::size(kEmulatedLevels)); ++level) {
+    if (name == kEmulatedLevels[level]) return level;
+  }
+  return kNotEmulating;
+}
+
+int emulating() {
   return emulation().load(std::memory_order_relaxed);
 }
 
-void set_emulating(bool on) {
-  emulation().store(on, std::memory_order_relaxed);
+void set_emulating(int level) {
+  emulation().store(level, std::memory_order_relaxed);
 }
 
 Backend backend_of(const Tensor&) {
-  return {.cuda = emulating(), .on_device = false};
+  return {.cuda = emulating() != kNotEmulating, .on_device = false};
 }
 
 #elif defined(FASTATTN_WITH_CUDA)
@@ -128,11 +135,11 @@ std::string schedule_of([[maybe_unused]] const Backend& backend, const Attention
 #ifdef FASTATTN_WITH_CUDA
   if (backend.cuda) {
     const cuda::ForwardChoice choice = cuda::attention_choice(params, place_of(query));
-    return std::string(choice.schedule) + ": tiles of " + std::to_string(choice.queries) +
-           " rows x " + std::to_string(choice.keys) +
+    return std::string(choice.schedule) + "\n" + choice.kernel + "\n" +
+           (choice.why_not_sm90 ? choice.why_not_sm90 : "") + "\ntiles of " +
+           std::to_string(choice.queries) + " rows x " + std::to_string(choice.keys) +
            " keys, heads in a tile: " + std::to_string(choice.heads) +
-           ", parts of the keys: " + std::to_string(choice.parts) + ", kernel of " + choice.kernel +
-           (choice.why_not_sm90 ? std::string(" (not of sm90: ") + choice.why_not_sm90 + ")" : "");
+           ", parts of the keys: " + std::to_string(choice.parts);
   }
 #endif
   return cpu::attention_schedule(params);

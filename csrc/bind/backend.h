@@ -32,11 +32,13 @@ void check_cuda_status(Status status);
 #endif
 
 #ifdef FASTATTN_CUDA_EMULATE
-// Whether ops on CPU tensors run on the emulator: the level of this name is in use, by
-// FASTATTN_CPU_ISA at first.
-constexpr const char* kEmulatedLevel = "sm80";
-bool emulating();
-void set_emulating(bool on);
+// The GPUs that are emulated, by the number that the emulator gives them: ops on CPU tensors run on
+// one where the level of its name is in use, by FASTATTN_CPU_ISA at first.
+constexpr const char* kEmulatedLevels[] = {"sm80", "sm90"};
+constexpr int kNotEmulating = -1;
+int emulated_level(const std::string& name);  // kNotEmulating where it is none of these
+int emulating();
+void set_emulating(int level);
 #endif
 
 // Throws unless the backend has kernels for this dtype and these head dims. `value` may be null.
@@ -45,6 +47,8 @@ void require_kernels(const Backend& backend, const AttentionParams& params, cons
 
 void run_forward(const Backend& backend, const AttentionParams& params, const Tensor& query);
 void run_backward(const Backend& backend, const AttentionGradParams& params, const Tensor& query);
+// The schedule of a call; on CUDA, in lines of their own, also the architecture that the kernel is
+// written for, why it is not that of sm_90, and its tiles.
 std::string schedule_of(const Backend& backend, const AttentionParams& params, const Tensor& query);
 
 // Uninitialised memory for the time of one op, on its device.

@@ -87,6 +87,10 @@ inline void sync_named(int id, int threads, Where where = Where::current()) {
   emulator::named_barriers.sync(id, threads, where);
 }
 
+inline bool sync_named_or(int id, int threads, bool predicate, Where where = Where::current()) {
+  return emulator::named_barriers.sync_or(id, threads, predicate, where);
+}
+
 inline void arrive_named(int id, int threads, Where where = Where::current()) {
   emulator::named_barriers.arrive(id, threads, where);
 }

@@ -10,9 +10,11 @@ namespace {
 
 constexpr Operation kSync = {"sync_named", false, nullptr};
 constexpr Operation kArrive = {"arrive_named", false, nullptr};
+constexpr Operation kSyncOr = {"sync_named_or", false, nullptr};
 
 struct Operands {
   int id, threads;
+  bool vote;
 };
 
 }  // namespace
@@ -21,6 +23,7 @@ void NamedBarriers::begin_block() {
   for (Barrier& barrier : barriers_) {
     barrier.arrived = 0;
     barrier.warps = 0;
+    barrier.vote = false;
     barrier.waiting.clear();
     barrier.known.forget();
   }
@@ -36,22 +39,29 @@ void NamedBarriers::end_block() {
 }
 
 void NamedBarriers::sync(int id, int threads, const Where& where) {
-  meet(id, threads, true, where);
+  meet(kSync, id, threads, true, false, where);
+}
+
+bool NamedBarriers::sync_or(int id, int threads, bool vote, const Where& where) {
+  meet(kSyncOr, id, threads, true, vote, where);
+  return votes_[block.current().warp->number];
 }
 
 void NamedBarriers::arrive(int id, int threads, const Where& where) {
-  meet(id, threads, false, where);
+  meet(kArrive, id, threads, false, false, where);
 }
 
 void NamedBarriers::complete(Barrier& barrier) {
   for (const int number : barrier.waiting) {
     Warp& warp = block.warp(number);
+    votes_[number] = barrier.vote;
     for (int lane = 0; lane < kLanes; ++lane) block.learn(warp.threads[lane], barrier.known);
     block.release(warp);
   }
   barrier.waiting.clear();
   barrier.arrived = 0;
   barrier.warps = 0;
+  barrier.vote = false;
   barrier.known.forget();
 }
 
@@ -81,18 +91,19 @@ void NamedBarriers::enter(Warp& warp, const Operation& operation, int id, int th
   if (barrier.arrived == barrier.threads) complete(barrier);
 }
 
-void NamedBarriers::meet(int id, int threads, bool waits, const Where& where) {
-  const Operation& operation = waits ? kSync : kArrive;
+void NamedBarriers::meet(const Operation& operation, int id, int threads, bool waits, bool vote,
+                         const Where& where) {
   block.use_order();
   if (id < 1 || id >= kBarriers) fail(where, "%s at barrier %d: 1 to 15", operation.name, id);
   if (threads < kLanes || threads % kLanes != 0 || threads > block.thread_count()) {
     fail(where, "%s for %d threads: whole warps of the block", operation.name, threads);
   }
-  Operands operands = {id, threads};
+  Operands operands = {id, threads, vote};
   if (block.arrive_in_warp(operation, &operands, where)) {
     Warp& warp = *block.current().warp;
     for (int lane = 0; lane < kLanes; ++lane) {
       const auto& other = *static_cast<const Operands*>(warp.operands[lane]);
+      barriers_[id].vote |= other.vote;
       if (other.id == id && other.threads == threads) continue;
       fail(where, "divergence: %s at barriers %d and %d in a warp", operation.name, id, other.id);
     }

@@ -17,6 +17,8 @@ class NamedBarriers {
  public:
   // The current thread's warp arrives, and waits until `threads` have.
   void sync(int id, int threads, const Where& where);
+  // And whether any of those who wait voted.
+  bool sync_or(int id, int threads, bool vote, const Where& where);
   void arrive(int id, int threads, const Where& where);
 
   void begin_block();
@@ -26,6 +28,7 @@ class NamedBarriers {
  private:
   struct Barrier {
     int arrived = 0, threads = 0;  // of this phase
+    bool vote = false;
     uint32_t warps = 0;            // that have arrived, a bit each
     std::vector<int> waiting;      // warps
     Knowledge known;
@@ -33,12 +36,14 @@ class NamedBarriers {
   };
   static constexpr int kBarriers = 16;
 
-  void meet(int id, int threads, bool waits, const Where& where);
+  void meet(const Operation& operation, int id, int threads, bool waits, bool vote,
+            const Where& where);
   void enter(Warp& warp, const Operation& operation, int id, int threads, bool waits,
              const Where& where);
   void complete(Barrier& barrier);
 
   Barrier barriers_[kBarriers];
+  bool votes_[kMaxWarps] = {};  // what the last barrier of each warp found
 };
 
 extern NamedBarriers named_barriers;
