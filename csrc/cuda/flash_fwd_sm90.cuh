@@ -68,7 +68,7 @@ class ForwardProducer {
     uint32_t nth = 0, loaded = 0;
     for (uint32_t tile = blockIdx.x; tile < params.schedule.count; tile += gridDim.x, ++nth) {
       ForwardPlan& plan = shared.plan[nth % 2];
-      // NOTE: whoever has used the queries of the tile before has done with the plan of the one
+      // NOTE: whoever has released the queries of the tile before has done with the plan of the one
       // before that, which lies in the same place.
       shared.query_ring.wait_empty(nth);
       plan =
@@ -163,6 +163,7 @@ class ForwardConsumer {
         attend_masked(plan, block++);
       }
     }
+    ptx::sync_warp();  // all lanes have done with the plan of the tile before
     shared.query_ring.release(nth);
     finalize(acc_o, state, params, plan, warp_row());
     if (params.splits > 1) {
