@@ -29,15 +29,10 @@ struct ForwardConfigSm90 {
   static constexpr int kProducerRegisters = kGroups == 2 ? 24 : 32;
   static constexpr int kConsumerRegisters = kGroups == 2 ? 240 : 160;
 
-  // Tiles are whole panels; TMA fills what lies beyond head_dim with zeros.
-  template <int kRows, int kColumns>
-  using Tile =
-      SharedTile<T, kRows, (kColumns + kPanelElements - 1) / kPanelElements * kPanelElements>;
-
   struct Shared {
-    alignas(1024) Tile<kQueries, kHeadDim> query;
-    alignas(1024) Tile<kKeys, kHeadDim> key[kStages];
-    alignas(1024) Tile<kKeys, kHeadDimV> value[kStages];
+    alignas(1024) PanelTile<T, kQueries, kHeadDim> query;
+    alignas(1024) PanelTile<T, kKeys, kHeadDim> key[kStages];
+    alignas(1024) PanelTile<T, kKeys, kHeadDimV> value[kStages];
     Ring<1> query_ring;
     Ring<kStages> key_ring, value_ring;
     ForwardPlan plan[2];  // of this tile and of the next one, which may be on its way
@@ -104,19 +99,6 @@ class ForwardProducer {
     ring.wait_empty(n);
     load_panels(tiles[n % kStages], map, p.cu_seqlens_k, row, head, plan.seq,
                 ring.begin_fill(n, sizeof(Tile)));
-  }
-
-  // `second`, `third`: coordinates in the order of the map.
-  template <typename Tile>
-  FA_DEVICE void load_panels(Tile& tile, const TensorMap* map, const IndexArray& cu_seqlens,
-                             int second, int third, const Sequence& seq, ptx::Barrier* barrier) {
-    const int b1 = static_cast<int>(seq.b1);
-    const int b0 = cu_seqlens.data != nullptr ? 0 : static_cast<int>(seq.b0);
-#pragma unroll
-    for (int panel = 0; panel < Tile::kColumns / kPanelElements; ++panel) {
-      ptx::tma_load<5>(tile.data + panel * (kPanelStride<Tile> / 2), map,
-                       {panel * kPanelElements, second, third, b1, b0}, barrier);
-    }
   }
 
   const ForwardParamsSm90& params;

@@ -9,9 +9,6 @@
 
 namespace fastattn::cuda {
 
-// What a block of sm_90 may have.
-constexpr size_t kSharedBytesSm90 = 227 << 10;
-
 // Why the kernel does not take a problem, or nullptr where it does.
 const char* sm90_obstacle(const AttentionParams& params, const DeviceLimits& limits);
 

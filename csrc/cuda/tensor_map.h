@@ -27,6 +27,9 @@ struct TensorBox {
   bool swizzled;
 };
 
+// What a block of sm_90 may have of shared memory.
+constexpr size_t kSharedBytesSm90 = 227 << 10;
+
 cudaError_t encode_tensor_map(TensorMap* map, const TensorBox& tensor);
 
 }  // namespace fastattn::cuda
