@@ -7,6 +7,7 @@
 #include <tuple>
 #include <unordered_set>
 
+#include "launch.h"
 #include "mbarriers.h"
 #include "named_barriers.h"
 #include "products.h"
@@ -278,6 +279,9 @@ void Block::begin_order() {
 // ordered.
 void Block::use_order() {
   if (has_order_) return;
+  if (running_arch() < 90) {
+    fail(current_->where, "an instruction of sm_90a on a device of sm_%d", running_arch());
+  }
   kernels_with_order().insert(call_->kernel);
   has_order_ = true;
   settled_time_ = ++clock_;

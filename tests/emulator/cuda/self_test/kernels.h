@@ -26,5 +26,6 @@ void run_wrong_kernels();
 // Ends the process by a stack "overflow", or by a write to "null".
 void run_fault(const char* which);
 void run_right_kernels();
+void run_right_sm90_kernels();
 
 }  // namespace fastattn::self_test

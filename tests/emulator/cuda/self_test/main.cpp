@@ -28,5 +28,6 @@ int main(int count, char** arguments) {
   self_test::report_probe();
   self_test::run_wrong_kernels();
   self_test::run_right_kernels();
+  self_test::run_right_sm90_kernels();
   printf("launches: %llu\n", static_cast<unsigned long long>(emulator::launches()));
 }
