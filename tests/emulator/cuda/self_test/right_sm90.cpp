@@ -47,7 +47,8 @@ struct Matrix {
       : rows(rows_),
         columns(columns_),
         pitch((columns + 7) / 8 * 8),
-        data(static_cast<T*>(aligned_alloc(64, static_cast<size_t>(rows * pitch + 64) * 64)), free) {
+        data(static_cast<T*>(aligned_alloc(64, static_cast<size_t>(rows * pitch + 64) * 64)),
+             free) {
     memset(data.get(), 0xff, static_cast<size_t>(rows * pitch) * sizeof(T));
   }
   T& at(int row, int column) const {
@@ -162,7 +163,7 @@ struct Product {
   // C by TMA, and the sums of its columns by bulk_add.
   static void store(const ProductParams& params, Shared* shared, const float (&d)[kN / 8][4]) {
     const int lane = ptx::lane_id(), warp = thread() % ptx::kWarpgroupSize / 32;
-    float(*const c)[kN] = shared->c[group()];
+    float (*const c)[kN] = shared->c[group()];
     for (int n = 0; n < kN / 8; ++n) {
       for (int e = 0; e < 2; ++e) {
         float* const place = &c[16 * warp + lane / 4 + 8 * e][8 * n + 2 * (lane % 4)];
@@ -230,7 +231,8 @@ struct Product {
                                   depth,
                                   sums.data.get()};
     const auto error = cuda::launch(
-        run, {1, (kGroups + 1) * ptx::kWarpgroupSize, sizeof(Shared) + ptx::kAlignmentSlack, nullptr},
+        run,
+        {1, (kGroups + 1) * ptx::kWarpgroupSize, sizeof(Shared) + ptx::kAlignmentSlack, nullptr},
         params);
     if (error != cudaSuccess) {
       puts(cudaGetErrorString(error));
@@ -240,7 +242,8 @@ struct Product {
       float total = number(n);
       for (int m = 0; m < rows; ++m) {
         float sum = 0;  // exact
-        for (int k = 0; k < depth; ++k) sum += ptx::to_float(a_at(m, k)) * ptx::to_float(b_at(k, n));
+        for (int k = 0; k < depth; ++k)
+          sum += ptx::to_float(a_at(m, k)) * ptx::to_float(b_at(k, n));
         if (c.at(m, n) != sum) return false;
         total += sum;
       }
@@ -277,10 +280,11 @@ bool boxes_are_right() {
   alignas(16) static float data[12 * 4 * 3 * 5], out[kBoxFloats + 16];
   for (int i = 0; i < 720; ++i) data[i] = static_cast<float>(i + 1);
   TensorMap map;
-  const TensorBox tensor = {
-      DType::kFloat32, 4, data, {11, 4, 3, 5}, {48, 192, 576}, {8, 3, 2, 2}, false};
+  const TensorBox tensor = {DType::kFloat32, 4,    data, {11, 4, 3, 5}, {48, 192, 576},
+                            {8, 3, 2, 2},    false};
   if (cuda::encode_tensor_map(&map, tensor) != cudaSuccess) return false;
-  constexpr int kPlaces[][4] = {{0, 0, 0, 0}, {3, 1, 1, 3}, {-3, 2, -1, 4}, {9, -2, 2, -1}, {11, 0, 0, 0}};
+  constexpr int kPlaces[][4] = {
+      {0, 0, 0, 0}, {3, 1, 1, 3}, {-3, 2, -1, 4}, {9, -2, 2, -1}, {11, 0, 0, 0}};
   for (const auto& at : kPlaces) {
     if (cuda::launch(copy_box, {1, kThreads, 4096, nullptr}, map, at, out, data) != cudaSuccess) {
       puts(cudaGetErrorString(cudaErrorLaunchFailure));
