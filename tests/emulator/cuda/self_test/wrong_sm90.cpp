@@ -231,7 +231,10 @@ void store_unordered(const __grid_constant__ TensorMap map) {
   store_tile();
   ptx::fence_async_proxy();
   ptx::sync_warp();
-  if (thread() == 0) ptx::tma_store<2>(&map, {0, 0}, shared()->panels[0]);
+  if (thread() != 0) return;
+  ptx::tma_store<2>(&map, {0, 0}, shared()->panels[0]);
+  ptx::bulk_commit();
+  ptx::bulk_wait_read<0>();
 }
 
 void overwritten_store(const __grid_constant__ TensorMap map) {
@@ -365,6 +368,7 @@ void operand_overwritten() {
   ptx::wgmma_commit();
   ptx::wgmma_wait<1>();
   store_operands();
+  ptx::sync_block();
 }
 
 void load_over_operand(const __grid_constant__ TensorMap map) {
@@ -458,7 +462,7 @@ void product_of_part_of_a_group() {
 // ---- Warps --------------------------------------------------------------------------------------
 
 void sync_of_other_counts() {
-  ptx::sync_named(1, thread() < 64 ? 64 : 128);
+  ptx::sync_named(1, thread() < 64 ? 96 : 128);
 }
 
 void sync_of_too_few() {
