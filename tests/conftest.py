@@ -1,8 +1,8 @@
 """Every test that takes ``level`` runs once on every level, or says why it cannot.
 
 Levels are those of the CPU and, in test_attention_*.py alone, those of CUDA, whose kernels are of
-attention alone: "sm80" is an emulated GPU, in a build that has one (FASTATTN_CUDA=emulate), and
-"cuda" a real one. FASTATTN_CPU_ISA chooses one of all but the last.
+attention alone: "sm80" and "sm90" are emulated GPUs, in a build that has them
+(FASTATTN_CUDA=emulate), and "cuda" a real one. FASTATTN_CPU_ISA chooses one of all but the last.
 """
 
 import os
@@ -19,7 +19,7 @@ ATTENTION = "test_attention_"
 def _levels(attention):
     only = os.environ.get("FASTATTN_CPU_ISA")
     for name, obstacle in _C.cpu_levels():
-        if only in (None, "", name) and (attention or name != "sm80"):
+        if only in (None, "", name) and (attention or name not in _C.emulated_levels):
             marks = [pytest.mark.skip(reason=f"{name}: {obstacle}")] if obstacle else []
             yield pytest.param(name, id=name, marks=marks)
     if attention and not only and _C.built_with_cuda and torch.cuda.is_available():
@@ -33,11 +33,12 @@ def pytest_generate_tests(metafunc):
 
 
 def pytest_collection_modifyitems(items):
-    if os.environ.get("FASTATTN_CPU_ISA") != "sm80":
+    level = os.environ.get("FASTATTN_CPU_ISA")
+    if level not in _C.emulated_levels:
         return
     for item in items:
         if not item.path.name.startswith(ATTENTION):
-            item.add_marker(pytest.mark.skip(reason="sm80: has the kernels of attention alone"))
+            item.add_marker(pytest.mark.skip(reason=f"{level}: has the kernels of attention alone"))
 
 
 @pytest.fixture

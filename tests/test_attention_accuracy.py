@@ -4,7 +4,14 @@ import math
 
 import pytest
 import torch
-from attention_options import BROADCASTS, FEATURES, Place, skip_without_kernels, with_features
+from attention_options import (
+    BROADCASTS,
+    FEATURES,
+    Place,
+    is_on_cuda,
+    skip_without_kernels,
+    with_features,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -162,7 +169,7 @@ def test_scores_that_outgrow_all_before_them(level, dtype, first, size):
 def test_biases_far_from_zero(level, dtype, size, request):
     """A row with such a bias everywhere, as an additive mask has for a query that is padding, has
     equal weights: next to it nothing is left of the products. Others are as without."""
-    if level in ("sm80", "cuda") and abs(size) > 1e6:
+    if is_on_cuda(level) and abs(size) > 1e6:
         known = "a defect of the CUDA kernels, csrc/cuda/README.md, Known"
         request.applymarker(pytest.mark.xfail(reason=known))
     query, key, value = attention_inputs(queries=40, keys=70, dtype=dtype, batch=(1,)).values()

@@ -32,11 +32,14 @@ void check_cuda_status(Status status);
 #endif
 
 #ifdef FASTATTN_CUDA_EMULATE
-// Whether ops on CPU tensors run on the emulator: the level of this name is in use, by
-// FASTATTN_CPU_ISA at first.
-constexpr const char* kEmulatedLevel = "sm80";
-bool emulating();
-void set_emulating(bool on);
+// The levels at which ops on CPU tensors run on the emulator, each on the device of its number there.
+constexpr const char* kEmulatedLevels[] = {"sm80", "sm90"};
+constexpr int kNotEmulated = -1;
+// The number of one of these names.
+int emulated_device(const std::string& level);
+// That of the level in use, by FASTATTN_CPU_ISA at first.
+int emulated_device();
+void set_emulated_device(int device);
 #endif
 
 // Throws unless the backend has kernels for this dtype and these head dims. `value` may be null.
