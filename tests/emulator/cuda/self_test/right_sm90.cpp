@@ -171,7 +171,6 @@ struct Product {
                           make_float2(d[n][2 * e], d[n][2 * e + 1]));
       }
     }
-    ptx::fence_async_proxy();
     ptx::sync_named(1 + group(), ptx::kWarpgroupSize);
     for (int n = thread() % ptx::kWarpgroupSize; n < kN; n += ptx::kWarpgroupSize) {
       float sum = 0;
