@@ -9,9 +9,8 @@ build_flags: str
 built_with_cuda: bool
 cuda_archs: tuple[str, ...]
 emulated_levels: tuple[str, ...]
-"""In a build for tests (FASTATTN_CUDA=emulate), ("sm80", "sm90"): levels at which ops on CPU tensors
-run the CUDA kernels over an emulated GPU of that architecture, where there are any, and all else the
-highest CPU level. Else empty."""
+"""In a build for tests (FASTATTN_CUDA=emulate) "sm80" and "sm90", at which attention on CPU tensors
+runs the CUDA kernels over an emulated GPU of that kind, and all else the highest CPU level."""
 
 def cpu_levels() -> list[tuple[str, str | None]]:
     """Every CPU level, slowest first, with what keeps it from running here (None: nothing); after
@@ -28,10 +27,10 @@ def set_cpu_level(name: str) -> None:
     """
 
 def emulator_launches() -> int:
-    """Kernels that the emulator has run. Only where emulated_levels has any."""
+    """Kernels that the emulator has run. Only where there are emulated_levels."""
 
 def set_emulator_seed(seed: int) -> None:
-    """Choose the order in which the emulator runs threads. Only where emulated_levels has any."""
+    """Choose the order in which the emulator runs threads. Only where there are emulated_levels."""
 
 def cpu_peak(what: str, rounds: int) -> float:
     """FLOPs of `rounds` rounds of the products that attention of a dtype ("fp32", "bf16", "fp16")

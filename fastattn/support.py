@@ -187,7 +187,8 @@ def rows() -> Iterator[Row]:
 def cuda_level() -> str | None:
     """Where the CUDA kernels can be tried here: on a GPU, or in a build that emulates one."""
     if _C.emulated_levels:
-        return _C.emulated_levels[0]
+        level = _C.active_cpu_level()
+        return level if level in _C.emulated_levels else _C.emulated_levels[0]
     return "cuda" if _C.built_with_cuda and torch.cuda.is_available() else None
 
 

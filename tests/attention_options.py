@@ -97,9 +97,13 @@ def on_gpu():
     return torch.get_default_device().type == "cuda"
 
 
+def is_on_cuda(level):
+    return level == "cuda" or level in _C.emulated_levels
+
+
 def skip_without_kernels(dtype=torch.float32, *head_dims):
     """Skips what CUDA has no kernels for, where these would run: on a GPU or on an emulated one."""
-    if not on_gpu() and _C.active_cpu_level() not in _C.emulated_levels:
+    if not on_gpu() and not is_on_cuda(_C.active_cpu_level()):
         return
     if dtype == torch.float64:
         pytest.skip("CUDA has no kernels of float64")

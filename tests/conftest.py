@@ -1,8 +1,8 @@
 """Every test that takes ``level`` runs once on every level, or says why it cannot.
 
 Levels are those of the CPU and, in test_attention_*.py alone, those of CUDA, whose kernels are of
-attention alone: "sm80" is an emulated GPU, in a build that has one (FASTATTN_CUDA=emulate), and
-"cuda" a real one. FASTATTN_CPU_ISA chooses one of all but the last.
+attention alone: "sm80" and "sm90" are emulated GPUs, in a build that has them
+(FASTATTN_CUDA=emulate), and "cuda" a real one. FASTATTN_CPU_ISA chooses one of all but the last.
 """
 
 import os

@@ -6,8 +6,10 @@
 #include "threads.h"
 
 #if defined(FASTATTN_CUDA_EMULATE)
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #elif defined(FASTATTN_WITH_CUDA)
 #include "cuda_stream.h"
 #endif
@@ -18,37 +20,36 @@ namespace fastattn::bind {
 
 namespace {
 
-std::atomic<int>& emulation() {
-  static std::atomic<int> level{[] {
-    const char* name = std::getenv("FASTATTN_CPU_ISA");
-    return name != nullptr ? emulated_level(name) : kNotEmulating;
+std::atomic<int>& device_in_use() {
+  static std::atomic<int> device{[] {
+    const char* level = std::getenv("FASTATTN_CPU_ISA");
+    return level == nullptr ? kNotEmulated : emulated_device(level);
   }()};
-  return level;
+  return device;
 }
 
 }  // namespace
 
 cuda::Place place_of(const Tensor&) {
-  return {max_of(emulating(), 0), nullptr};
+  return {emulated_device(), nullptr};
 }
 
-int emulated_level(const std::string& name) {
-  for (int level = 0; level < static_cast<int>(std::size(kEmulatedLevels)); ++level) {
-    if (name == kEmulatedLevels[level]) return level;
-  }
-  return kNotEmulating;
+int emulated_device(const std::string& level) {
+  const auto found = std::find(std::begin(kEmulatedLevels), std::end(kEmulatedLevels), level);
+  if (found == std::end(kEmulatedLevels)) return kNotEmulated;
+  return static_cast<int>(found - std::begin(kEmulatedLevels));
 }
 
-int emulating() {
-  return emulation().load(std::memory_order_relaxed);
+int emulated_device() {
+  return device_in_use().load(std::memory_order_relaxed);
 }
 
-void set_emulating(int level) {
-  emulation().store(level, std::memory_order_relaxed);
+void set_emulated_device(int device) {
+  device_in_use().store(device, std::memory_order_relaxed);
 }
 
 Backend backend_of(const Tensor&) {
-  return {.cuda = emulating() != kNotEmulating, .on_device = false};
+  return {.cuda = emulated_device() != kNotEmulated, .on_device = false};
 }
 
 #elif defined(FASTATTN_WITH_CUDA)

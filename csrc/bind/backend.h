@@ -1,5 +1,5 @@
-// Which kernels an op runs on: csrc/cpu's, csrc/cuda's, or, in a build for tests, those of csrc/cuda
-// over an emulator that computes on the CPU. Here alone the ops learn of the difference.
+// Which kernels an op runs on: csrc/cpu's, csrc/cuda's, or, in a build for tests, those of
+// csrc/cuda over an emulator that computes on the CPU. Here alone the ops learn of the difference.
 #pragma once
 
 #include <memory>
@@ -32,13 +32,15 @@ void check_cuda_status(Status status);
 #endif
 
 #ifdef FASTATTN_CUDA_EMULATE
-// The GPUs that are emulated, by the number that the emulator gives them: ops on CPU tensors run on
-// one where the level of its name is in use, by FASTATTN_CPU_ISA at first.
+// The levels at which ops on CPU tensors run on the emulator, each on the device of its number
+// there.
 constexpr const char* kEmulatedLevels[] = {"sm80", "sm90"};
-constexpr int kNotEmulating = -1;
-int emulated_level(const std::string& name);  // kNotEmulating where it is none of these
-int emulating();
-void set_emulating(int level);
+constexpr int kNotEmulated = -1;
+// The number of one of these names.
+int emulated_device(const std::string& level);
+// That of the level in use, by FASTATTN_CPU_ISA at first.
+int emulated_device();
+void set_emulated_device(int device);
 #endif
 
 // Throws unless the backend has kernels for this dtype and these head dims. `value` may be null.

@@ -49,7 +49,8 @@ std::vector<LevelObstacle> cpu_levels() {
 
 std::string active_cpu_level() {
 #ifdef FASTATTN_CUDA_EMULATE
-  if (bind::emulating() != bind::kNotEmulating) return bind::kEmulatedLevels[bind::emulating()];
+  const int device = bind::emulated_device();
+  if (device != bind::kNotEmulated) return bind::kEmulatedLevels[device];
 #endif
   return cpu::level_name(cpu::active_level());
 }
@@ -64,8 +65,8 @@ void require_level_runs(cpu::Level level) {
 
 void set_cpu_level(const std::string& name) {
 #ifdef FASTATTN_CUDA_EMULATE
-  if (const int level = bind::emulated_level(name); level != bind::kNotEmulating) {
-    bind::set_emulating(level);
+  if (const int device = bind::emulated_device(name); device != bind::kNotEmulated) {
+    bind::set_emulated_device(device);
     return cpu::set_level_limit(cpu::detected_level());
   }
 #endif
@@ -77,7 +78,7 @@ void set_cpu_level(const std::string& name) {
     require_level_runs(level);
     cpu::set_level_limit(level);
 #ifdef FASTATTN_CUDA_EMULATE
-    bind::set_emulating(bind::kNotEmulating);
+    bind::set_emulated_device(bind::kNotEmulated);
 #endif
     return;
   }
@@ -143,7 +144,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_peak", &cpu_peak, py::arg("what"), py::arg("rounds"),
         py::call_guard<py::gil_scoped_release>());
 #ifdef FASTATTN_CUDA_EMULATE
-  m.attr("emulated_levels") = py::make_tuple(bind::kEmulatedLevels[0], bind::kEmulatedLevels[1]);
+  m.attr("emulated_levels") = py::tuple(py::cast(std::vector<std::string>(
+      std::begin(bind::kEmulatedLevels), std::end(bind::kEmulatedLevels))));
   m.def("emulator_launches", &emulator::launches);
   m.def("set_emulator_seed", &emulator::set_seed, py::arg("seed"));
 #else

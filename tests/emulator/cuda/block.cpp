@@ -7,6 +7,7 @@
 #include <tuple>
 #include <unordered_set>
 
+#include "launch.h"
 #include "mbarriers.h"
 #include "named_barriers.h"
 #include "products.h"
@@ -87,6 +88,7 @@ void Block::release(Warp& warp) {
 
 void Block::release_all() {
   settled_time_ = ++clock_;
+  for (Group& group : groups_) group.has_learnt = true;
   for (int w = 0; w < warp_count_; ++w) {
     warps_[w].time = clock_;
     release(warps_[w]);
@@ -147,6 +149,7 @@ void Block::join_warp(const Operation& operation, void* operands, const Where& w
     if (operation.run != nullptr) operation.run(warp.operands);
     if (operation.orders_memory) {
       warp.time = ++clock_;
+      groups_[warp.number * kLanes / kGroupThreads].has_learnt = true;
       if (warp.is_uneven) share_knowledge(warp);
     }
     release(warp);
@@ -278,6 +281,9 @@ void Block::begin_order() {
 // ordered.
 void Block::use_order() {
   if (has_order_) return;
+  if (running_arch() < 90) {
+    fail(current_->where, "an instruction of sm_90a on a device of sm_%d", running_arch());
+  }
   kernels_with_order().insert(call_->kernel);
   has_order_ = true;
   settled_time_ = ++clock_;
@@ -294,6 +300,7 @@ void Block::publish(const Thread& thread, Knowledge& to) {
 
 void Block::learn(Thread& thread, const Knowledge& from) {
   thread.beyond->known.learn(from);
+  groups_[thread.number / kGroupThreads].has_learnt = true;
   thread.warp->has_learnt = thread.warp->is_uneven = true;
 }
 
@@ -308,6 +315,7 @@ void Block::share_knowledge(Warp& warp) {
 void Block::find_common(Knowledge& common) {
   static Knowledge of_warp;
   const int first_warp = current_->number / kGroupThreads * (kGroupThreads / kLanes);
+  groups_[current_->number / kGroupThreads].has_learnt = false;
   common.forget();
   for (int w = 0; w < kGroupThreads / kLanes; ++w) {
     const Warp& warp = warps_[first_warp + w];

@@ -67,6 +67,7 @@ struct Warp {
 
 struct Group {
   Rendezvous meeting;
+  bool has_learnt;  // some thread of it, since find_common()
   void* operands[kGroupThreads];
 };
 
@@ -134,8 +135,11 @@ class Block {
   // What a thread has done and knows of, into `to`; and the other way.
   void publish(const Thread& thread, Knowledge& to);
   void learn(Thread& thread, const Knowledge& from);
-  // What all threads of the current one's warpgroup know.
+  // What all threads of the current one's warpgroup know, and whether it may have changed.
   void find_common(Knowledge& common);
+  bool has_group_learnt() const {
+    return groups_[current_->number / kGroupThreads].has_learnt;
+  }
   // A new time, so that what follows is not what has been.
   uint32_t advance() {
     return ++clock_;

@@ -214,9 +214,10 @@ void multiply(const WgmmaKind& kind, bool accumulate, std::vector<uint32_t>& val
     }
   }
   for (int row = 0; row < kRows; ++row) {
-    for (int k = 0; k < kDepth; ++k) {
-      const double factor = a_matrix[row][k];
-      for (int n = 0; n < kind.columns / 2; ++n) sums[row][n] += factor * b_matrix[k][n];
+    for (int n = 0; n < kind.columns / 2; ++n) {
+      Pair sum = sums[row][n];
+      for (int k = 0; k < kDepth; ++k) sum += a_matrix[row][k] * b_matrix[k][n];
+      sums[row][n] = sum;
     }
   }
   for (int thread = 0; thread < kGroupThreads; ++thread) {
@@ -237,7 +238,7 @@ void Products::issue(const WgmmaKind& kind, void* const* operands, const Where& 
     }
     fail(where, "divergence: wgmma with other operands in thread %d of the warpgroup than in 0", i);
   }
-  block.find_common(common_);
+  if (block.has_group_learnt()) block.find_common(common_);
   products_.push_back({{}, {}, {}, committed_, where});
   Product& product = products_.back();
   read_a(kind, operands, product);
