@@ -1,5 +1,5 @@
-// Which kernels an op runs on: csrc/cpu's, csrc/cuda's, or, in a build for tests, those of csrc/cuda
-// over an emulator that computes on the CPU. Here alone the ops learn of the difference.
+// Which kernels an op runs on: csrc/cpu's, csrc/cuda's, or, in a build for tests, those of
+// csrc/cuda over an emulator that computes on the CPU. Here alone the ops learn of the difference.
 #pragma once
 
 #include <memory>
@@ -32,7 +32,8 @@ void check_cuda_status(Status status);
 #endif
 
 #ifdef FASTATTN_CUDA_EMULATE
-// The levels at which ops on CPU tensors run on the emulator, each on the device of its number there.
+// The levels at which ops on CPU tensors run on the emulator, each on the device of its number
+// there.
 constexpr const char* kEmulatedLevels[] = {"sm80", "sm90"};
 constexpr int kNotEmulated = -1;
 // The number of one of these names.
