@@ -393,6 +393,8 @@ FA_DEVICE void* shared_memory_1024() {
 //               from 8 values of k to the next 8: 1024. `leading` is from one panel to the next, of
 //               64 more rows of A (columns of B); it means nothing where there are only 64.
 //               The next 16 of k: 2048 bytes further.
+//               NOTE: a kN that ends within a panel (80, 96) is what this layout implies, but
+//               public kernels take narrower swizzles there, and none is known to rely on it.
 FA_DEVICE uint64_t wgmma_descriptor(const void* shared, int leading_bytes, int stride_bytes) {
   constexpr uint64_t kSwizzle128 = 1;
   const auto field = [](uint32_t bytes) { return uint64_t{bytes >> 4 & 0x3fff}; };

@@ -13,7 +13,10 @@ cudaError_t find_encode(Encode* encode) {
   cudaDriverEntryPointQueryResult result;
   const cudaError_t error = cudaGetDriverEntryPointByVersion(
       "cuTensorMapEncodeTiled", &found, kIntroduced, cudaEnableDefault, &result);
-  if (error != cudaSuccess) return error;
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // not to be found by the caller's next check
+    return error;
+  }
   if (result != cudaDriverEntryPointSuccess || found == nullptr) return cudaErrorNotSupported;
   *encode = reinterpret_cast<Encode>(found);
   return cudaSuccess;

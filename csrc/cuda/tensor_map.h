@@ -23,7 +23,7 @@ struct TensorBox {
   int64_t strides[kMaxRank - 1];
   int box[kMaxRank];  // 1 to 256; the first in bytes: a multiple of 16
   // Chunks of 16 bytes are permuted by bits 7 to 9 of their address in shared memory (bits 4 to 6
-  // ^= these), as wgmma reads them. The first dimension of the box is then at most 128 bytes.
+  // ^= these), as wgmma reads them. The first dimension of the box is then 128 bytes.
   bool swizzled;
 };
 
