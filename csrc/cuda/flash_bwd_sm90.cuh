@@ -121,7 +121,7 @@ class BackwardConsumer {
   static constexpr int kThreads = Config::kConsumers;
   using Scores = BackwardScores<true, false, 1, kN>;
   using Tile = Accumulator<1, kN>;
-  using Gradient = Accumulator<1, Config::kHeadDim / 8>;
+  using Gradient = Accumulator<1, kWholePanels<Config::kHeadDim> / 8>;
   using Operand = LeftOperand<T, 1, kN>;
   using PartOfDq = Accumulator<1, Config::kDqColumns / 8>;
 

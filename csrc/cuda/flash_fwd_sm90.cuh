@@ -113,7 +113,7 @@ class ForwardConsumer {
   using Shared = typename Config::Shared;
   static constexpr int kKeys = Config::kKeys;
   using Scores = Accumulator<1, kKeys / 8>;
-  using Output = Accumulator<1, Config::kHeadDimV / 8>;
+  using Output = Accumulator<1, kWholePanels<Config::kHeadDimV> / 8>;
   using Weights = LeftOperand<T, 1, kKeys / 8>;
   using State = SoftmaxState<1, Config::kMaximum>;
 

@@ -60,8 +60,7 @@ constexpr ForwardTileSm90 forward_tile_sm90(HeadDims head_dims, bool has_terms) 
   // terms of scores need is taken from the keys. Softmax takes as long as the products at head_dim
   // 64: a third group evens it out.
   if (head_dims.of_query == 64) return {3, has_terms ? 48 : 96, 2, true};
-  if (head_dims.of_query == 96) return {2, has_terms ? 80 : 144, 2, true};
-  if (head_dims.of_query == 128) return {2, has_terms ? 80 : 128, 2, true};
+  if (head_dims.of_query <= 128) return {2, has_terms ? 80 : 128, 2, true};
   // 227 KB hold the queries and two tiles each of keys and values. Products are long enough here
   // to hide softmax without turns.
   if (head_dims.of_value == 128) return {2, has_terms ? 80 : 128, 2, false};

@@ -14,9 +14,13 @@ namespace fastattn::cuda {
 constexpr int kPanelBytes = 128, kPanelElements = 64;  // of a row, in 16 bits
 
 // A tile of whole panels; TMA fills what lies beyond kColumns with zeros.
+//
+// NOTE: a product takes whole panels of an operand down whose columns it sums, at head_dim 96 the
+// zeros too: that it may end within a panel is said nowhere.
+template <int kColumns>
+constexpr int kWholePanels = (kColumns + kPanelElements - 1) / kPanelElements * kPanelElements;
 template <typename T, int kRows, int kColumns>
-using PanelTile =
-    SharedTile<T, kRows, (kColumns + kPanelElements - 1) / kPanelElements * kPanelElements>;
+using PanelTile = SharedTile<T, kRows, kWholePanels<kColumns>>;
 
 // From one panel of a tile to the next.
 template <typename Tile>
