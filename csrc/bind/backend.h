@@ -1,5 +1,5 @@
-// Which kernels an op runs on: csrc/cpu's, csrc/cuda's, or, in a build for tests, those of csrc/cuda
-// over an emulator that computes on the CPU. Here alone the ops learn of the difference.
+// Which kernels an op runs on: csrc/cpu's, csrc/cuda's, or, in a build for tests, those of
+// csrc/cuda over an emulator that computes on the CPU. Here alone the ops learn of the difference.
 #pragma once
 
 #include <memory>
@@ -39,7 +39,12 @@ bool emulating();
 void set_emulating(bool on);
 #endif
 
-// Throws unless the backend has kernels for this dtype and these head dims. `value` may be null.
+// Throws unless the backend has kernels for this dtype, that of `tensor`.
+void require_kernels(const Backend& backend, const char* argument, const Tensor& tensor,
+                     DType dtype);
+
+// Throws unless the backend has attention kernels for this dtype and these head dims. `value` may
+// be null.
 void require_kernels(const Backend& backend, const AttentionParams& params, const Tensor& query,
                      const char* value_argument, const Tensor* value);
 
