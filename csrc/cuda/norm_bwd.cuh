@@ -183,7 +183,8 @@ class NormBackward {
         if (g.dsummed.data != nullptr) add_dsummed(first + c, gradient);
         pack(gradient, dx, c);
         if (g.dinput.data == nullptr) continue;
-        RowDropout{Dropout(p), row_number}.apply_to(first + c, gradient);
+        const RowDropout dropout = {Dropout(p), row_number};
+        dropout.apply_to(first + c, gradient);
         pack(gradient, dropped, c);
       }
       if (g.dresidual.data != nullptr) {

@@ -84,7 +84,8 @@ class NormForward {
       unpack(from, x, c);
       unpack(to, sum, c);
       if (p.dropout_p > 0) {
-        RowDropout{Dropout(p), row_number}.apply_to(first + c, x);
+        const RowDropout dropout = {Dropout(p), row_number};
+        dropout.apply_to(first + c, x);
         unpack(pack<T>(x), x);
       }
 #pragma unroll
