@@ -93,22 +93,38 @@ size_t workspace_bytes(const NormBackwardParams& params) {
          partial_sum_size(params.gradient.forward);
 }
 
+NormForwardParams forward_params(const NormParams& p, const DeviceLimits& limits) {
+  const int columns = run_columns(p);
+  NormForwardParams params = {p, {}, whole_runs(p), inverse_width(p), 0, 0};
+  const auto set_tile = [&](int most_threads) {
+    params.tile = row_tile(p.shape.width, columns, kHeldRuns, most_threads);
+    params.shared_bytes = forward_shared_bytes(params.tile, kHeldRuns * columns, p.bias != nullptr);
+  };
+  set_tile(kForwardThreads);
+  if (params.shared_bytes > static_cast<size_t>(limits.shared_bytes)) set_tile(0);
+  const int64_t resident = resident_blocks(params.tile, kForwardThreads, params.shared_bytes,
+                                           limits.multiprocessors, limits.shared_bytes);
+  params.blocks = row_blocks(p.shape.rows, params.tile, resident, 1);
+  return params;
+}
+
 // The tiles, and so what the workspace is for.
 NormBackwardParams planned(const NormGradParams& g, const DeviceLimits& limits) {
   const NormParams& p = g.forward;
   const int columns = run_columns(p), runs = has_wide_out(p) ? kWideHeldRuns : kHeldRuns;
-  const bool has_bias = g.dbias != nullptr;
+  const int threads = backward_threads(g.dbias != nullptr);
   NormBackwardParams params = {};
   params.gradient = g;
-  params.tile = row_tile(p.shape.width, columns, runs, backward_threads(has_bias));
+  params.tile = row_tile(p.shape.width, columns, runs, threads);
+  params.shared_bytes = backward_shared_bytes(params.tile, runs * columns, partial_sum_size(p));
+  const int64_t resident = resident_blocks(params.tile, threads, params.shared_bytes,
+                                           limits.multiprocessors, limits.shared_bytes);
+  const int64_t least_rows = is_fused(params) ? kLeastSummedRows : 1;
+  params.blocks = row_blocks(p.shape.rows, params.tile, resident, least_rows);
   const int64_t strips = ceil_div(p.shape.width, int64_t{columns} * kColumnThreads);
-  if (is_fused(params)) {
-    params.blocks = backward_blocks(p.shape.rows, params.tile, has_bias, limits.multiprocessors);
-    params.sums.count = params.blocks;
-  } else {
-    params.blocks = min_of<int64_t>(ceil_div(p.shape.rows, params.tile.rows), INT32_MAX);
-    params.sums.count = column_slices(p.shape.rows, strips, limits.multiprocessors);
-  }
+  params.sums.count = is_fused(params)
+                          ? params.blocks
+                          : column_slices(p.shape.rows, strips, limits.multiprocessors);
   params.sums.stride = round_up(p.shape.width, columns);
   return params;
 }
@@ -144,10 +160,12 @@ cudaError_t run_backward(const NormBackwardParams& params, cudaStream_t stream) 
 }  // namespace
 
 Status norm_forward(const NormParams& p, const Place& place) {
+  DeviceLimits limits = {};
+  const cudaError_t error = device_limits(place.device, &limits);
+  if (error != cudaSuccess) return status_of(error);
   const DeviceGuard guard(place.device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
-  const RowTile tile = row_tile(p.shape.width, run_columns(p), kHeldRuns, kForwardThreads);
-  const NormForwardParams params = {p, tile, whole_runs(p), inverse_width(p)};
+  const NormForwardParams params = forward_params(p, limits);
   return status_of(run_for(p, [&]<typename T, typename O>() {
     return launch_norm_forward<T, O>(params, static_cast<cudaStream_t>(place.stream));
   }));

@@ -41,17 +41,18 @@ class NormBackward {
   };
 
  public:
-  FA_DEVICE NormBackward(const NormBackwardParams& given, RowSum::Shared& memory)
+  FA_DEVICE NormBackward(const NormBackwardParams& given, RowSum::Shared* memory)
       : params(given),
         g(given.gradient),
         p(given.gradient.forward),
-        reduction(memory, given.tile.row_threads),
+        reduction(*memory, given.tile.row_threads),
+        weight(reinterpret_cast<float4*>(memory + 1)),
         place(static_cast<int>(threadIdx.x)) {}
 
   FA_DEVICE void run() {
     const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-    int64_t first = static_cast<int64_t>(blockIdx.x) * blockDim.y;
-    for (; first < p.shape.rows; first += step) {
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * blockDim.y;
+    for (int64_t first = begin; first < p.shape.rows; first += step) {
       // A thread without a row goes all the way with the first one, of which it takes no columns,
       // for the others' sake.
       const bool has_row = first + threadIdx.y < p.shape.rows;
@@ -59,13 +60,14 @@ class NormBackward {
       width = has_row ? static_cast<Column>(p.shape.width) : 0;
       find_inputs();
       load();
+      if (first == begin) stage_weight();  // while the first row is on its way
       find_means();
       find_outputs();
       store_gradients();
     }
   }
 
-  // The block's sums over its rows; `memory` has room for a column of each of its threads'.
+  // The block's sums over its rows; `memory` has room for one of each column of each thread.
   FA_DEVICE void store_sums(Sum* memory) const {
     if (g.dweight != nullptr) store_sum(static_cast<Sum*>(params.sums.weight), dweight, memory);
     if constexpr (kHasBias) {
@@ -135,31 +137,61 @@ class NormBackward {
     }
   }
 
+  FA_DEVICE void load_weight(Column first, float (&w)[kPart]) const {
+    const Column columns = static_cast<Column>(p.shape.width) - first;
+    load_parameter(weight_of(p, params.whole), first,
+                   static_cast<int>(min_of<Column>(columns, kPart)), w);
+  }
+
+  FA_DEVICE void stage_weight() const {
+#pragma unroll
+    for (int part = 0; part < kHeld * kColumns / kPart; ++part) {
+      constexpr int kRunParts = kColumns / kPart;
+      float w[kPart];
+      load_weight(column_of(part / kRunParts) + part % kRunParts * kPart, w);
+      weight.store(part, w);
+    }
+  }
+
   struct Part {
     float x[kPart], dy[kPart], w[kPart];
   };
-  FA_DEVICE Part load_part(const RunPair& pair, Column first, int c) const {
+  // Of the run's columns from c on.
+  FA_DEVICE Part load_part(const RunPair& pair, int run, Column first, int c) const {
     Part part;
-    load_parameter(weight_of(p, params.whole), first + c, count_from(first + c), part.w);
+    if constexpr (kHeld > 0) {
+      weight.load((run * kColumns + c) / kPart, part.w);
+    } else {
+      load_weight(first + c, part.w);
+    }
     unpack(pair.x, part.x, c);
     unpack(pair.dy, part.dy, c);
     return part;
   }
 
+  FA_DEVICE void add_products(const Part& part, int count, float& sum, float& product) const {
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) {
+      if (i >= count) continue;
+      const float gradient = part.dy[i] * part.w[i];
+      sum += gradient;
+      product = fmaf(gradient, statistics.normalise(part.x[i]), product);
+    }
+  }
+
   // dx = rstd g - offset - slope n
   FA_DEVICE void find_means() {
     float sum = 0.0f, product = 0.0f;
-    for_each_run([&](int, Column first, const RunPair& pair) {
+    for_each_run([&](int run, Column first, const RunPair& pair) {
       float of_run = 0.0f, product_of_run = 0.0f;
 #pragma unroll
       for (int c = 0; c < kColumns; c += kPart) {
-        const Part part = load_part(pair, first, c);
-#pragma unroll
-        for (int i = 0; i < kPart; ++i) {
-          if (first + c + i >= width) continue;
-          const float gradient = part.dy[i] * part.w[i];
-          of_run += gradient;
-          product_of_run = fmaf(gradient, statistics.normalise(part.x[i]), product_of_run);
+        const Part part = load_part(pair, run, first, c);
+        // Whole parts, which nearly all are, without a question about each column.
+        if (first + c + kPart <= width) {
+          add_products(part, kPart, of_run, product_of_run);
+        } else {
+          add_products(part, count_from(first + c), of_run, product_of_run);
         }
       }
       sum += of_run;
@@ -179,7 +211,7 @@ class NormBackward {
 #pragma unroll
       for (int c = 0; c < kColumns; c += kPart) {
         float gradient[kPart];
-        find_dx(load_part(pair, first, c), run * kColumns + c, gradient);
+        find_dx(load_part(pair, run, first, c), run * kColumns + c, gradient);
         if (g.dsummed.data != nullptr) add_dsummed(first + c, gradient);
         pack(gradient, dx, c);
         if (g.dinput.data == nullptr) continue;
@@ -251,6 +283,7 @@ class NormBackward {
   const NormGradParams& g;
   const NormParams& p;
   RowSum reduction;
+  const StagedParameter weight;
   const int place;  // of this thread, among those of its row
   int64_t row;
   Column width;
@@ -264,28 +297,24 @@ class NormBackward {
   Sum dweight[kThreadColumns] = {}, dbias[kHasBias ? kThreadColumns : 1] = {};
 };
 
-template <typename T, typename O>
-struct NormBackwardShared {
-  RowSum::Shared reduction;
-  // Of all columns that threads of a block with several rows hold.
-  PartialSum<T> sums[kRowBlockThreads * kBackwardRuns<T, O> * kRunColumns<T>];
-};
-
 // kHasBias: whether the gradient of a bias is wanted; of RMS norms it never is.
 template <typename T, typename O, bool kHasBias>
 FA_KERNEL(backward_threads(kHasBias), 1)
 void norm_backward_kernel(const __grid_constant__ NormBackwardParams params) {
-  auto& shared = *static_cast<NormBackwardShared<T, O>*>(ptx::shared_memory());
-  NormBackward<T, O, kBackwardRuns<T, O>, kHasBias> backward(params, shared.reduction);
+  constexpr int kThreadParts = kBackwardRuns<T, O> * kRunColumns<T> / kPartColumns;
+  auto* const shared = static_cast<RowSum::Shared*>(ptx::shared_memory());
+  NormBackward<T, O, kBackwardRuns<T, O>, kHasBias> backward(params, shared);
   backward.run();
-  backward.store_sums(shared.sums);
+  auto* const weights = reinterpret_cast<float4*>(shared + 1);
+  void* const behind = weights + kThreadParts * blockDim.x * blockDim.y;
+  backward.store_sums(static_cast<PartialSum<T>*>(behind));
 }
 
 // For rows that a block cannot hold.
 template <typename T, typename O>
 FA_KERNEL(kWideRowThreads, 1)
 void norm_backward_of_wide_rows_kernel(const __grid_constant__ NormBackwardParams params) {
-  auto& shared = *static_cast<RowSum::Shared*>(ptx::shared_memory());
+  auto* const shared = static_cast<RowSum::Shared*>(ptx::shared_memory());
   NormBackward<T, O, 0, false>(params, shared).run();
 }
 
@@ -299,9 +328,8 @@ cudaError_t launch_norm_backward(const NormBackwardParams& params, cudaStream_t 
       kernel = norm_backward_kernel<T, O, true>;
     }
   }
-  const size_t bytes = tile.rows > 1 ? sizeof(NormBackwardShared<T, O>) : sizeof(RowSum::Shared);
-  return launch_blocks(kernel, params.blocks, dim3(tile.row_threads, tile.rows), bytes, stream,
-                       params);
+  return launch_blocks(kernel, params.blocks, dim3(tile.row_threads, tile.rows),
+                       params.shared_bytes, stream, params);
 }
 
 }  // namespace fastattn::cuda

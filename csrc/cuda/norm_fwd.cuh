@@ -1,5 +1,5 @@
 // Norms, forward: a row is read once, held in registers while its statistics are found, and written
-// once.
+// once. A block goes through rows that are far apart.
 //
 //   load (and add the residual) -> mean -> variance of the deviations from it -> normalise
 #pragma once
@@ -15,28 +15,37 @@ namespace fastattn::cuda {
 template <typename T, typename O, int kHeld>
 class NormForward {
   static constexpr int kColumns = kRunColumns<T>, kPart = kPartColumns;
+  static constexpr int kThreadParts = kHeld * kColumns / kPart;
   using Column = std::conditional_t<(kHeld > 0), int, int64_t>;
   using InputRun = Run<T, kColumns>;
 
  public:
-  FA_DEVICE NormForward(const NormForwardParams& given, RowSum::Shared& memory)
+  FA_DEVICE NormForward(const NormForwardParams& given, RowSum::Shared* memory)
       : params(given),
         p(given.norm),
-        sums(memory, given.tile.row_threads),
-        place(static_cast<int>(threadIdx.x)),
-        row(static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y),
-        // A thread without a row goes all the way with one of no columns, for the others' sake.
-        width(row < p.shape.rows ? static_cast<Column>(p.shape.width) : 0) {}
+        sums(*memory, given.tile.row_threads),
+        weight(reinterpret_cast<float4*>(memory + 1)),
+        bias(reinterpret_cast<float4*>(memory + 1) + kThreadParts * blockDim.x * blockDim.y),
+        place(static_cast<int>(threadIdx.x)) {}
 
   FA_DEVICE void run() {
-    find_inputs();
-    load();
-    const RowStatistics s = find_statistics();
-    find_outputs();
-    if (width > 0 && place == 0 && p.statistics.data != nullptr) {
-      store_statistics(p.kind, s, statistics);
+    const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * blockDim.y;
+#pragma unroll 1
+    for (int64_t first = begin; first < p.shape.rows; first += step) {
+      row = first + threadIdx.y;
+      // A thread without a row goes all the way with one of no columns, for the others' sake.
+      width = row < p.shape.rows ? static_cast<Column>(p.shape.width) : 0;
+      find_inputs();
+      load();
+      if (first == begin) stage_parameters();  // while the first row is on its way
+      const RowStatistics s = find_statistics();
+      find_outputs();
+      if (width > 0 && place == 0 && p.statistics.data != nullptr) {
+        store_statistics(p.kind, s, statistics);
+      }
+      normalise(s);
     }
-    normalise(s);
   }
 
  private:
@@ -127,21 +136,54 @@ class NormForward {
     }
   }
 
-  // body(first, run) for each run of this thread, of what is normalised.
+  FA_DEVICE void load_parameters(Column first, float (&w)[kPart], float (&b)[kPart]) const {
+    const int count =
+        static_cast<int>(min_of<Column>(static_cast<Column>(p.shape.width) - first, kPart));
+    load_parameter(weight_of(p, params.whole), first, count, w);
+    load_parameter(bias_of(p, params.whole), first, count, b);
+  }
+
+  FA_DEVICE void stage_parameters() const {
+#pragma unroll
+    for (int part = 0; part < kThreadParts; ++part) {
+      constexpr int kRunParts = kColumns / kPart;
+      float w[kPart], b[kPart];
+      load_parameters(column_of(part / kRunParts) + part % kRunParts * kPart, w, b);
+      weight.store(part, w);
+      if (p.bias != nullptr) bias.store(part, b);
+    }
+  }
+
+  // Of the run's columns from c on.
+  FA_DEVICE void load_part(int run, Column first, int c, float (&w)[kPart],
+                           float (&b)[kPart]) const {
+    if constexpr (kHeld > 0) {
+      const int part = (run * kColumns + c) / kPart;
+      weight.load(part, w);
+#pragma unroll
+      for (int i = 0; i < kPart; ++i) b[i] = 0.0f;
+      if (p.bias != nullptr) bias.load(part, b);
+    } else {
+      load_parameters(first + c, w, b);
+    }
+  }
+
+  // body(run, first, columns) for each run of this thread, of what is normalised; `run` is known to
+  // the compiler, and 0 where rows are not held.
   template <typename Body>
   FA_DEVICE void for_each_run(const Body& body) {
     if constexpr (kHeld > 0) {
 #pragma unroll
       for (int r = 0; r < kHeld; ++r) {
-        if (column_of(r) < width) body(column_of(r), held[r]);
+        if (column_of(r) < width) body(r, column_of(r), held[r]);
       }
     } else {
 #pragma unroll 1
       for (Column first = column_of(0); first < width; first += column_of(1) - column_of(0)) {
         if (p.residual.data == nullptr) {
-          body(first, load_input(first));
+          body(0, first, load_input(first));
         } else {  // what this thread has stored itself
-          body(first,
+          body(0, first,
                load_run<T, kColumns>(summed + first, 1, params.whole.summed, count_from(first)));
         }
       }
@@ -150,7 +192,7 @@ class NormForward {
 
   FA_DEVICE float find_mean() {
     float sum = 0.0f;
-    for_each_run([&](Column, const InputRun& run) {
+    for_each_run([&](int, Column, const InputRun& run) {
       float x[kColumns], part = 0.0f;
       unpack(run, x);
 #pragma unroll
@@ -162,23 +204,33 @@ class NormForward {
     return static_cast<float>(total[0] * params.inverse_width);
   }
 
+  static FA_DEVICE void add_deviations(const float (&x)[kColumns], float mean, int count,
+                                       float& sum, float& squares) {
+#pragma unroll
+    for (int c = 0; c < kColumns; ++c) {
+      if (c >= count) continue;
+      const float deviation = x[c] - mean;
+      sum += deviation;
+      squares = fmaf(deviation, deviation, squares);
+    }
+  }
+
   // The sum of the deviations tells what the rounded mean is off by: it corrects the variance, and
   // the row as `shift`. An RMS norm is the same with a mean of 0 that is not corrected.
   FA_DEVICE RowStatistics find_statistics() {
     const bool is_layer = p.kind == NormKind::kLayer;
     const float mean = is_layer ? find_mean() : 0.0f;
     float deviation = 0.0f, squares = 0.0f;
-    for_each_run([&](Column first, const InputRun& run) {
-      float x[kColumns], part = 0.0f, squares_part = 0.0f;
+    for_each_run([&](int, Column first, const InputRun& run) {
+      float x[kColumns], sum_part = 0.0f, squares_part = 0.0f;
       unpack(run, x);
-#pragma unroll
-      for (int c = 0; c < kColumns; ++c) {
-        if (first + c >= width) continue;
-        x[c] -= mean;
-        part += x[c];
-        squares_part = fmaf(x[c], x[c], squares_part);
+      // Whole runs, which nearly all are, without a question about each column.
+      if (first + kColumns <= width) {
+        add_deviations(x, mean, kColumns, sum_part, squares_part);
+      } else {
+        add_deviations(x, mean, count_from(first), sum_part, squares_part);
       }
-      deviation += part;
+      deviation += sum_part;
       squares += squares_part;
     });
     if (!is_layer) {
@@ -196,14 +248,12 @@ class NormForward {
   }
 
   FA_DEVICE void normalise(const RowStatistics& s) {
-    const Parameter weight = weight_of(p, params.whole), bias = bias_of(p, params.whole);
-    for_each_run([&](Column first, const InputRun& run) {
+    for_each_run([&](int run_index, Column first, const InputRun& run) {
       Run<O, kColumns> out;
 #pragma unroll
       for (int c = 0; c < kColumns; c += kPart) {
         float x[kPart], w[kPart], b[kPart];
-        load_parameter(weight, first + c, count_from(first + c), w);
-        load_parameter(bias, first + c, count_from(first + c), b);
+        load_part(run_index, first, c, w, b);
         unpack(run, x, c);
 #pragma unroll
         for (int i = 0; i < kPart; ++i) x[i] = s.normalise(x[i]);
@@ -219,9 +269,10 @@ class NormForward {
   const NormForwardParams& params;
   const NormParams& p;
   RowSum sums;
+  const StagedParameter weight, bias;
   const int place;  // of this thread, among those of its row
-  const int64_t row;
-  const Column width;
+  int64_t row;
+  Column width;
   const T *input, *residual;
   T* summed;
   O* normalised;
@@ -233,18 +284,16 @@ class NormForward {
 template <typename T, typename O, int kHeld>
 FA_KERNEL(kHeld > 0 ? kForwardThreads : kWideRowThreads, 1)
 void norm_forward_kernel(const __grid_constant__ NormForwardParams params) {
-  auto* shared = static_cast<RowSum::Shared*>(ptx::shared_memory());
-  NormForward<T, O, kHeld>(params, *shared).run();
+  NormForward<T, O, kHeld>(params, static_cast<RowSum::Shared*>(ptx::shared_memory())).run();
 }
 
 template <typename T, typename O>
 cudaError_t launch_norm_forward(const NormForwardParams& params, cudaStream_t stream) {
   const RowTile& tile = params.tile;
-  const int64_t blocks = ceil_div(params.norm.shape.rows, tile.rows);
   const auto kernel =
       tile.is_held ? norm_forward_kernel<T, O, kHeldRuns> : norm_forward_kernel<T, O, 0>;
-  return launch_blocks(kernel, blocks, dim3(tile.row_threads, tile.rows), sizeof(RowSum::Shared),
-                       stream, params);
+  return launch_blocks(kernel, params.blocks, dim3(tile.row_threads, tile.rows),
+                       params.shared_bytes, stream, params);
 }
 
 }  // namespace fastattn::cuda

@@ -19,6 +19,8 @@ struct NormForwardParams {
   RowTile tile;
   WholeRuns whole;
   double inverse_width;
+  int64_t blocks;
+  size_t shared_bytes;
 };
 
 // Sums over rows of dnormalised * n and of dnormalised: `count` partial sums of each, of `stride`
@@ -35,7 +37,8 @@ struct NormBackwardParams {
   WholeRuns whole;
   double inverse_width;
   PartialSums sums;
-  int64_t blocks;  // of norm_backward
+  int64_t blocks;       // of norm_backward, and
+  size_t shared_bytes;  // what each of them has
 };
 
 // T: float, bf16, f16, of the input. O: of normalised, T or float.

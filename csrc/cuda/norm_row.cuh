@@ -11,6 +11,8 @@ namespace fastattn::cuda {
 template <typename T>
 constexpr int kRunColumns = 16 / sizeof(T);
 
+static_assert(sizeof(RowSum::Shared) == kRowSumBytes);
+
 // So many of them are computed with at a time: few registers for what comes and goes.
 constexpr int kPartColumns = 4;
 
@@ -47,6 +49,29 @@ FA_DEVICE Parameter weight_of(const NormParams& p, const WholeRuns& whole) {
 FA_DEVICE Parameter bias_of(const NormParams& p, const WholeRuns& whole) {
   return {p.bias, p.bias_dtype, whole.bias, 0.0f, 0.0f};
 }
+
+// A parameter as floats in shared memory, so that its dtype, and whether it is there, is asked once
+// a block and not once a row. Threads have copies of their own: none waits for another.
+class StagedParameter {
+ public:
+  // `memory` has room for a float of each column of each thread of the block.
+  FA_DEVICE explicit StagedParameter(float4* memory)
+      : own(memory + threadIdx.y * blockDim.x + threadIdx.x),
+        stride(static_cast<int>(blockDim.x * blockDim.y)) {}
+
+  // `part` counts the parts of the columns of this thread.
+  FA_DEVICE void store(int part, const float (&x)[kPartColumns]) const {
+    ptx::store_shared(own + part * stride, float4{x[0], x[1], x[2], x[3]});
+  }
+  FA_DEVICE void load(int part, float (&x)[kPartColumns]) const {
+    const float4 loaded = ptx::load_shared(own + part * stride);
+    x[0] = loaded.x, x[1] = loaded.y, x[2] = loaded.z, x[3] = loaded.w;
+  }
+
+ private:
+  float4* const own;
+  const int stride;
+};
 
 // What dropout multiplies the columns of a row by; `row` is its number.
 struct RowDropout {

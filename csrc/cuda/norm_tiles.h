@@ -11,19 +11,19 @@ namespace fastattn::cuda {
 // of a wider dtype than the input's take twice the registers: two.
 constexpr int kHeldRuns = 4, kWideHeldRuns = 2;
 
-// Threads of a block whose rows are each within a warp: 16 of them fill an A100 and an H100.
+// Threads of a block whose rows are each within a warp.
 constexpr int kRowBlockThreads = 128;
 
-// A row per block of that many threads at most, which decides their registers. Forward: what a
-// block can have, at 64 registers. Backward: at 128 for the sums over rows that each thread keeps,
-// and at 168 where there are twice as many, with those of a bias.
-constexpr int kForwardThreads = 1024;
+// A row per block of that many threads at most, and that many on a multiprocessor, which decides
+// their registers. Forward: 80. Backward: 128 for the sums over rows that each thread keeps, and 168
+// where there are twice as many, with those of a bias.
+constexpr int kForwardThreads = 768;
 constexpr int backward_threads(bool has_bias) {
   return has_bias ? 384 : 512;
 }
 
-// Threads of a row that no block can hold.
-constexpr int kWideRowThreads = 512;
+// Threads of a row that no block can hold: three blocks of them at 80 registers.
+constexpr int kWideRowThreads = 256;
 
 // Threads of a row, and rows of a block. Rows that are not held are read again in every pass.
 struct RowTile {
@@ -55,14 +55,40 @@ inline RowTile row_tile(int64_t width, int run_columns, int held_runs, int most_
   return {lanes, kRowBlockThreads / lanes, true};
 }
 
-// Blocks of the backward pass, which go through the rows together. All that are resident, but at
-// least kLeastRows rows for each row of a block: its sums over rows are written
-// and read again, as much as a third of four rows in 16 bits.
-inline int64_t backward_blocks(int64_t rows, const RowTile& tile, bool has_bias,
-                               int multiprocessors) {
-  constexpr int64_t kLeastRows = 4;
-  const int64_t resident = int64_t{multiprocessors} * (backward_threads(has_bias) / tile.threads());
-  return min_of(resident, ceil_div(rows, tile.rows * kLeastRows));
+// Shared memory of a block: what its warps add up, and of each thread the parameters of its columns
+// as floats. (Forward: weight and bias. Backward: the weight, and where a block has several rows
+// the sums over them.)
+constexpr size_t kRowSumBytes = 1 << 10;
+
+inline size_t forward_shared_bytes(const RowTile& tile, int thread_columns, bool has_bias) {
+  if (!tile.is_held) return kRowSumBytes;
+  const size_t floats = static_cast<size_t>(tile.threads()) * static_cast<size_t>(thread_columns);
+  return kRowSumBytes + floats * sizeof(float) * (has_bias ? 2 : 1);
+}
+
+inline size_t backward_shared_bytes(const RowTile& tile, int thread_columns, size_t sum_bytes) {
+  if (!tile.is_held) return kRowSumBytes;
+  const size_t floats = static_cast<size_t>(tile.threads()) * static_cast<size_t>(thread_columns);
+  return kRowSumBytes + floats * (sizeof(float) + (tile.rows > 1 ? sum_bytes : 0));
+}
+
+// Blocks that fill a device: by their threads, so many on a multiprocessor, and by the memory that
+// one block may have there, which is all of it but kReserved.
+inline int64_t resident_blocks(const RowTile& tile, int threads, size_t bytes, int multiprocessors,
+                               int shared_bytes) {
+  constexpr size_t kReserved = 1 << 10;  // of each block, too
+  const int by_threads = threads / tile.threads();
+  const auto by_memory =
+      static_cast<int>((static_cast<size_t>(shared_bytes) + kReserved) / (bytes + kReserved));
+  return int64_t{multiprocessors} * max_of(min_of(by_threads, by_memory), 1);
+}
+
+// Of them, those that have work: at least `least_rows` for each row of a block. With sums over rows
+// these are four: the sums are written and read again, as much as a third of four rows in 16 bits.
+constexpr int64_t kLeastSummedRows = 4;
+
+inline int64_t row_blocks(int64_t rows, const RowTile& tile, int64_t resident, int64_t least_rows) {
+  return min_of(resident, ceil_div(rows, tile.rows * least_rows));
 }
 
 // The sums over rows on their own: threads of a block, each with a run of columns.
