@@ -40,7 +40,7 @@ def test_float64_is_refused(cuda, norm):
             call(fa, norm, {n: x.requires_grad_(grad) for n, x in inputs.items()})
 
 
-# (rows, width) where a row goes from lanes of a warp to a warp, to several, and to more than a block
+# (rows, width) where a row goes from lanes of a warp to a warp, to several, to more than a block
 # holds: backward with a bias, without one, and forward.
 EDGES = {
     torch.bfloat16: [

@@ -46,7 +46,7 @@ class NormBackward {
         g(given.gradient),
         p(given.gradient.forward),
         reduction(*memory, given.tile.row_threads),
-        weight(reinterpret_cast<float4*>(memory + 1)),
+        weight(memory + 1, 0),
         place(static_cast<int>(threadIdx.x)) {}
 
   FA_DEVICE void run() {
@@ -67,8 +67,9 @@ class NormBackward {
     }
   }
 
-  // The block's sums over its rows; `memory` has room for one of each column of each thread.
-  FA_DEVICE void store_sums(Sum* memory) const {
+  // The block's sums over its rows.
+  FA_DEVICE void store_sums() const {
+    auto* const memory = static_cast<Sum*>(weight.end());
     if (g.dweight != nullptr) store_sum(static_cast<Sum*>(params.sums.weight), dweight, memory);
     if constexpr (kHasBias) {
       if (g.dbias != nullptr) store_sum(static_cast<Sum*>(params.sums.bias), dbias, memory);
@@ -283,7 +284,7 @@ class NormBackward {
   const NormGradParams& g;
   const NormParams& p;
   RowSum reduction;
-  const StagedParameter weight;
+  const StagedParameter<kHeld * kColumns / kPart> weight;
   const int place;  // of this thread, among those of its row
   int64_t row;
   Column width;
@@ -301,18 +302,15 @@ class NormBackward {
 template <typename T, typename O, bool kHasBias>
 FA_KERNEL(backward_threads(kHasBias), 1)
 void norm_backward_kernel(const __grid_constant__ NormBackwardParams params) {
-  constexpr int kThreadParts = kBackwardRuns<T, O> * kRunColumns<T> / kPartColumns;
   auto* const shared = static_cast<RowSum::Shared*>(ptx::shared_memory());
   NormBackward<T, O, kBackwardRuns<T, O>, kHasBias> backward(params, shared);
   backward.run();
-  auto* const weights = reinterpret_cast<float4*>(shared + 1);
-  void* const behind = weights + kThreadParts * blockDim.x * blockDim.y;
-  backward.store_sums(static_cast<PartialSum<T>*>(behind));
+  backward.store_sums();
 }
 
 // For rows that a block cannot hold.
 template <typename T, typename O>
-FA_KERNEL(kWideRowThreads, 1)
+FA_KERNEL(kWideRowThreads, kWideRowBlocks)
 void norm_backward_of_wide_rows_kernel(const __grid_constant__ NormBackwardParams params) {
   auto* const shared = static_cast<RowSum::Shared*>(ptx::shared_memory());
   NormBackward<T, O, 0, false>(params, shared).run();

@@ -24,8 +24,8 @@ class NormForward {
       : params(given),
         p(given.norm),
         sums(*memory, given.tile.row_threads),
-        weight(reinterpret_cast<float4*>(memory + 1)),
-        bias(reinterpret_cast<float4*>(memory + 1) + kThreadParts * blockDim.x * blockDim.y),
+        weight(memory + 1, 0),
+        bias(memory + 1, 1),
         place(static_cast<int>(threadIdx.x)) {}
 
   FA_DEVICE void run() {
@@ -269,7 +269,7 @@ class NormForward {
   const NormForwardParams& params;
   const NormParams& p;
   RowSum sums;
-  const StagedParameter weight, bias;
+  const StagedParameter<kThreadParts> weight, bias;
   const int place;  // of this thread, among those of its row
   int64_t row;
   Column width;
@@ -282,7 +282,7 @@ class NormForward {
 };
 
 template <typename T, typename O, int kHeld>
-FA_KERNEL(kHeld > 0 ? kForwardThreads : kWideRowThreads, 1)
+FA_KERNEL(kHeld > 0 ? kForwardThreads : kWideRowThreads, kHeld > 0 ? 1 : kWideRowBlocks)
 void norm_forward_kernel(const __grid_constant__ NormForwardParams params) {
   NormForward<T, O, kHeld>(params, static_cast<RowSum::Shared*>(ptx::shared_memory())).run();
 }

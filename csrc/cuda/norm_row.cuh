@@ -15,6 +15,7 @@ static_assert(sizeof(RowSum::Shared) == kRowSumBytes);
 
 // So many of them are computed with at a time: few registers for what comes and goes.
 constexpr int kPartColumns = 4;
+static_assert(kPartColumns * sizeof(float) == sizeof(float4));
 
 // n = (x - mean) * rstd + shift. RMS norms have mean 0 and shift 0.
 struct RowStatistics {
@@ -51,26 +52,33 @@ FA_DEVICE Parameter bias_of(const NormParams& p, const WholeRuns& whole) {
 }
 
 // A parameter as floats in shared memory, so that its dtype, and whether it is there, is asked once
-// a block and not once a row. Threads have copies of their own: none waits for another.
+// a block and not once a row. Each thread has a copy of its own columns: none waits for another.
+template <int kParts>
 class StagedParameter {
- public:
-  // `memory` has room for a float of each column of each thread of the block.
-  FA_DEVICE explicit StagedParameter(float4* memory)
-      : own(memory + threadIdx.y * blockDim.x + threadIdx.x),
-        stride(static_cast<int>(blockDim.x * blockDim.y)) {}
+  // 16 bytes; an odd number of them, so that threads beside each other meet no bank twice.
+  static constexpr int kStride = kParts + kStagedPadding;
+  static_assert(kParts == 0 || kStride % 2 == 1);
 
-  // `part` counts the parts of the columns of this thread.
+ public:
+  // The parameter is the `index`th of its block.
+  FA_DEVICE StagedParameter(void* memory, int index)
+      : own(static_cast<float4*>(memory) +
+            kStride * ((index * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x)) {}
+
   FA_DEVICE void store(int part, const float (&x)[kPartColumns]) const {
-    ptx::store_shared(own + part * stride, float4{x[0], x[1], x[2], x[3]});
+    ptx::store_shared(own + part, float4{x[0], x[1], x[2], x[3]});
   }
   FA_DEVICE void load(int part, float (&x)[kPartColumns]) const {
-    const float4 loaded = ptx::load_shared(own + part * stride);
+    const float4 loaded = ptx::load_shared(own + part);
     x[0] = loaded.x, x[1] = loaded.y, x[2] = loaded.z, x[3] = loaded.w;
+  }
+  // What lies behind all of them.
+  FA_DEVICE void* end() const {
+    return own + kStride * (blockDim.x * blockDim.y - (threadIdx.y * blockDim.x + threadIdx.x));
   }
 
  private:
   float4* const own;
-  const int stride;
 };
 
 // What dropout multiplies the columns of a row by; `row` is its number.

@@ -15,15 +15,16 @@ constexpr int kHeldRuns = 4, kWideHeldRuns = 2;
 constexpr int kRowBlockThreads = 128;
 
 // A row per block of that many threads at most, and that many on a multiprocessor, which decides
-// their registers. Forward: 80. Backward: 128 for the sums over rows that each thread keeps, and 168
-// where there are twice as many, with those of a bias.
+// their registers. Forward: 80. Backward: 128 for the sums over rows that each thread keeps, and
+// 168 where there are twice as many, with those of a bias.
 constexpr int kForwardThreads = 768;
 constexpr int backward_threads(bool has_bias) {
   return has_bias ? 384 : 512;
 }
 
-// Threads of a row that no block can hold: three blocks of them at 80 registers.
-constexpr int kWideRowThreads = 256;
+// Threads of a row that no block can hold, and such blocks on a multiprocessor: what 128 registers
+// allow.
+constexpr int kWideRowThreads = 256, kWideRowBlocks = 2;
 
 // Threads of a row, and rows of a block. Rows that are not held are read again in every pass.
 struct RowTile {
@@ -59,17 +60,24 @@ inline RowTile row_tile(int64_t width, int run_columns, int held_runs, int most_
 // as floats. (Forward: weight and bias. Backward: the weight, and where a block has several rows
 // the sums over them.)
 constexpr size_t kRowSumBytes = 1 << 10;
+constexpr size_t kStagedPadding = 1;  // float4s of each thread and parameter
+
+inline size_t staged_bytes(const RowTile& tile, int thread_columns) {
+  const size_t of_thread =
+      static_cast<size_t>(thread_columns) * sizeof(float) + 16 * kStagedPadding;
+  return static_cast<size_t>(tile.threads()) * of_thread;
+}
 
 inline size_t forward_shared_bytes(const RowTile& tile, int thread_columns, bool has_bias) {
   if (!tile.is_held) return kRowSumBytes;
-  const size_t floats = static_cast<size_t>(tile.threads()) * static_cast<size_t>(thread_columns);
-  return kRowSumBytes + floats * sizeof(float) * (has_bias ? 2 : 1);
+  return kRowSumBytes + staged_bytes(tile, thread_columns) * (has_bias ? 2 : 1);
 }
 
 inline size_t backward_shared_bytes(const RowTile& tile, int thread_columns, size_t sum_bytes) {
   if (!tile.is_held) return kRowSumBytes;
-  const size_t floats = static_cast<size_t>(tile.threads()) * static_cast<size_t>(thread_columns);
-  return kRowSumBytes + floats * (sizeof(float) + (tile.rows > 1 ? sum_bytes : 0));
+  const size_t sums = tile.rows > 1 ? static_cast<size_t>(thread_columns) * sum_bytes : 0;
+  return kRowSumBytes + staged_bytes(tile, thread_columns) +
+         static_cast<size_t>(tile.threads()) * sums;
 }
 
 // Blocks that fill a device: by their threads, so many on a multiprocessor, and by the memory that
@@ -77,7 +85,7 @@ inline size_t backward_shared_bytes(const RowTile& tile, int thread_columns, siz
 inline int64_t resident_blocks(const RowTile& tile, int threads, size_t bytes, int multiprocessors,
                                int shared_bytes) {
   constexpr size_t kReserved = 1 << 10;  // of each block, too
-  const int by_threads = threads / tile.threads();
+  const int by_threads = tile.is_held ? threads / tile.threads() : kWideRowBlocks;
   const auto by_memory =
       static_cast<int>((static_cast<size_t>(shared_bytes) + kReserved) / (bytes + kReserved));
   return int64_t{multiprocessors} * max_of(min_of(by_threads, by_memory), 1);
