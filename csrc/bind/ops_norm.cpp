@@ -94,14 +94,16 @@ void require_like(const Tensor& input, const char* argument, const Tensor& tenso
   require_shape(argument, tensor, input.sizes());
 }
 
-void run(const Backend& backend, const NormParams& params, const Tensor& input) {
+void run([[maybe_unused]] const Backend& backend, const NormParams& params,
+         [[maybe_unused]] const Tensor& input) {
 #ifdef FASTATTN_WITH_CUDA
   if (backend.cuda) return check_cuda_status(cuda::norm_forward(params, place_of(input)));
 #endif
   check_status(cpu::norm_forward(params, torch_threads()));
 }
 
-void run(const Backend& backend, const NormGradParams& params, const Tensor& input) {
+void run([[maybe_unused]] const Backend& backend, const NormGradParams& params,
+         [[maybe_unused]] const Tensor& input) {
 #ifdef FASTATTN_WITH_CUDA
   if (backend.cuda) {
     const cuda::Place place = place_of(input);
