@@ -1,4 +1,4 @@
-"""Every kind of attention once, on small shapes: what compute-sanitizer watches.
+"""Every kind of attention and of norms once, on small shapes: what compute-sanitizer watches.
 
     compute-sanitizer --tool racecheck python benchmarks/kernel_calls.py --seconds=60
 
@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastattn import functional
 from fastattn.functional import attention, attention_varlen, attention_with_cache
 from fastattn.testing import cotangents, randn
 from torch import Tensor
@@ -40,6 +41,8 @@ def calls() -> Iterator[tuple[str, Call]]:
     yield "packed", _packed
     yield "decode, int8", partial(_decoded, 1, dtype=torch.int8)
     yield "decode, several rows", partial(_decoded, 3, causal=True)
+    for name, norm in _norms().items():
+        yield name, norm
     for name, options in _options().items():
         yield name, partial(_trained, (2, 2, 2, 83, 97, 40), **options)
 
@@ -57,6 +60,31 @@ def _options() -> dict[str, dict[str, Any]]:
         "dropout": {"dropout_p": 0.2},
         "batch_invariant": {"batch_invariant": True},
     }
+
+
+def _norms() -> dict[str, Call]:
+    """Rows within a warp, of several warps, and such as no block holds."""
+    return {
+        "layer norm": partial(_normed, "add_layer_norm", (130, 40), dropout_p=0.2),
+        "layer norm, a row a block": partial(_normed, "add_layer_norm", (9, 1999)),
+        "layer norm, wide rows": partial(_normed, "add_layer_norm", (5, 16400), "fp32"),
+        "rms norm": partial(_normed, "add_rms_norm", (70, 1024), casting="llama"),
+        "rms norm, wide rows": partial(_normed, "add_rms_norm", (5, 33000), casting="gemma"),
+    }
+
+
+def _normed(
+    op: str, shape: tuple[int, int], dtype: str = "bf16", *, device: str, **options: Any
+) -> tuple[Tensor, ...]:
+    """Both results and all gradients."""
+    width, names = shape[1:], ("weight", "bias")[: 2 if op == "add_layer_norm" else 1]
+    rows = [randn(*shape, seed=i, dtype=DTYPES[dtype]) for i in range(4)]
+    drawn = {"input": rows[0], "residual": rows[1]}
+    drawn |= {n: randn(*width, seed=i, dtype=DTYPES[dtype]) for i, n in enumerate(names, 4)}
+    leaves = {n: x.requires_grad_() for n, x in _placed(drawn, device).items()}
+    outputs = getattr(functional, op)(**leaves, **options)
+    arrived = [x.to(device) for x in rows[2:]]
+    return *outputs, *torch.autograd.grad(outputs, list(leaves.values()), arrived)
 
 
 def _trained(

@@ -63,6 +63,13 @@ _FUNCTIONS_ON_CUDA = {
     "scaled_dot_product_attention": "yes",
     "merge_attention": "yes",
     "attention_with_cache": "without key, value and rope",
+    "layer_norm": "yes",
+    "rms_norm": "yes",
+    "add_layer_norm": "yes",
+    "add_rms_norm": "yes",
+    "qk_rms_norm": "yes",
+    "nn.LayerNorm": "yes",
+    "nn.RMSNorm": "yes",
     "linear": "torch's",
     "nn.Linear": "torch's",
 }

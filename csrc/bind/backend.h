@@ -43,7 +43,12 @@ int emulated_device();
 void set_emulated_device(int device);
 #endif
 
-// Throws unless the backend has kernels for this dtype and these head dims. `value` may be null.
+// Throws unless the backend has kernels for this dtype, that of `tensor`.
+void require_kernels(const Backend& backend, const char* argument, const Tensor& tensor,
+                     DType dtype);
+
+// Throws unless the backend has attention kernels for this dtype and these head dims. `value` may
+// be null.
 void require_kernels(const Backend& backend, const AttentionParams& params, const Tensor& query,
                      const char* value_argument, const Tensor* value);
 

@@ -2,6 +2,7 @@
 // is a cudaStream_t, as void*: no CUDA headers here.
 #pragma once
 
+#include "norm_params.h"
 #include "params.h"
 
 namespace fastattn::cuda {
@@ -34,6 +35,11 @@ struct ForwardChoice {
   const char* why_not_sm90;  // nullptr where it is
 };
 ForwardChoice attention_choice(const AttentionParams& params, const Place& place);
+
+// For an input of float32, bfloat16 or float16.
+Status norm_forward(const NormParams& params, const Place& place);
+size_t norm_backward_workspace(const NormGradParams& params, const Place& place);
+Status norm_backward(const NormGradParams& params, void* workspace, const Place& place);
 
 // What CUDA said about the last call in this thread that did not return Status::kOk.
 const char* last_error();
