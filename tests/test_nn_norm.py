@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from attention_options import skip_on_gpu
+from attention_options import is_on_cuda, skip_on_gpu
 from module_cases import check_module, same_parameters
 
 import fastattn.functional as fa
