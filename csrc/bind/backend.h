@@ -1,5 +1,5 @@
-// Which kernels an op runs on: csrc/cpu's, csrc/cuda's, or, in a build for tests, those of csrc/cuda
-// over an emulator that computes on the CPU. Here alone the ops learn of the difference.
+// Which kernels an op runs on: csrc/cpu's, csrc/cuda's, or, in a build for tests, those of
+// csrc/cuda over an emulator that computes on the CPU. Here alone the ops learn of the difference.
 #pragma once
 
 #include <memory>
@@ -38,6 +38,9 @@ constexpr const char* kEmulatedLevel = "sm80";
 bool emulating();
 void set_emulating(bool on);
 #endif
+
+// Throws unless the backend has kernels for the dtype of a tensor.
+void require_kernels_of_dtype(const Backend& backend, const char* argument, const Tensor& tensor);
 
 // Throws unless the backend has kernels for this dtype and these head dims. `value` may be null.
 void require_kernels(const Backend& backend, const AttentionParams& params, const Tensor& query,
