@@ -97,9 +97,14 @@ def on_gpu():
     return torch.get_default_device().type == "cuda"
 
 
+def on_cuda():
+    """Whether CUDA's kernels run: on a GPU or on an emulated one."""
+    return on_gpu() or _C.active_cpu_level() == "sm80"
+
+
 def skip_without_kernels(dtype=torch.float32, *head_dims):
-    """Skips what CUDA has no kernels for, where these would run: on a GPU or on an emulated one."""
-    if not on_gpu() and _C.active_cpu_level() != "sm80":
+    """Skips what CUDA has no kernels for, where these would run."""
+    if not on_cuda():
         return
     if dtype == torch.float64:
         pytest.skip("CUDA has no kernels of float64")

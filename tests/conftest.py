@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from fastattn import _C
+from fastattn.support import cuda_level
 from fastattn.testing import running_on
 
-ON_CUDA = ("test_attention_", "test_activation", "test_rope")  # how their modules begin
+ON_CUDA = ("test_attention_", "test_activation", "test_rope")  # beginnings of modules
 
 
 def _levels(on_cuda):
@@ -44,6 +45,16 @@ def pytest_collection_modifyitems(items):
 def level(request):
     with running_on(request.param):
         yield request.param
+
+
+@pytest.fixture
+def cuda():
+    """The level of CUDA that there is, in use."""
+    level = cuda_level()
+    if level is None:
+        pytest.skip("no GPU, nor an emulated one")
+    with running_on(level):
+        yield level
 
 
 @pytest.fixture
