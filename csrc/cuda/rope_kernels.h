@@ -10,19 +10,20 @@ namespace fastattn::cuda {
 
 constexpr int kRopeThreads = 128;
 
-// On a multiprocessor, at least: 41 KB are under way to it then, of the 33 KB that keep an H200
-// busy. Six blocks have too few registers.
-constexpr int kRopeBlocks = 5;
+// Heads whose chunks a thread asks for at once, two of each.
+constexpr int kRopeHeads = 4;
 
-// Heads whose chunks a thread asks for at once.
-constexpr int kRopeHeads = 2;
+// Blocks on a multiprocessor, at least: 64 KB are under way to it then, twice what keeps an H200
+// busy. More blocks, of 2 heads at a time, have 40 KB under way.
+constexpr int kRopeBlocks = 4;
 
 // The heads of a token are cut into groups, of which each reads the angles again: into as many as
-// fill the machine twice over, where tokens are few, but none of fewer heads than a thread takes at
-// once. `tiles`: blocks for a head of all tokens.
+// fill the machine twice over, where tokens are few, but hardly any of fewer heads than a thread
+// takes at once. `tiles`: blocks for one head of all tokens.
 inline int64_t rope_heads_of_group(int64_t tiles, int64_t heads, int multiprocessors) {
   const int64_t wanted = ceil_div(2 * kRopeBlocks * int64_t{multiprocessors}, tiles);
-  return min_of(heads, max_of<int64_t>(kRopeHeads, heads / wanted));
+  const int64_t groups = min_of(wanted, ceil_div(heads, kRopeHeads));
+  return ceil_div(heads, groups);
 }
 
 // How 16-byte chunks are loaded and stored: whether rows begin at a multiple of 16 bytes, and lie
