@@ -16,6 +16,8 @@ static FA_KERNEL(kSumColumns* kSumLanes,
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kSumColumns + beside;
   float sum = 0.0f;
   if (column < task.columns) {
+    // Loads of several slices at once: what takes the time is to wait for them.
+#pragma unroll 8
     for (int64_t slice = lane; slice < task.slices.count; slice += kSumLanes) {
       sum += task.sums[slice * task.columns + column];
     }
