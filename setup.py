@@ -74,7 +74,8 @@ EMULATION_FLAGS = [
 
 CUDA_EMULATOR = Path("tests", "emulator", "cuda")
 CUDA_EMULATION_FLAGS = [
-    *("-DFASTATTN_CUDA_EMULATE", f"-I{CUDA_EMULATOR}", "-Icsrc/include"),
+    *("-DFASTATTN_CUDA_EMULATE", "-DFASTATTN_WITH_SM90", "-Wno-psabi"),
+    *(f"-I{CUDA_EMULATOR}", "-Icsrc/include"),
     "-Wno-unknown-pragmas",  # unroll
     "-ftrivial-auto-var-init=pattern",  # what is read before it is written shows
     "-O2",
@@ -364,8 +365,9 @@ class BuildExtension(build_ext):
     def add_cuda(self, file: NinjaFile) -> None:
         assert self.cuda is not None
         includes = ["-Icsrc/include", *(f"-isystem{folder}" for folder in self.cuda.include_dirs)]
+        hopper = ["-DFASTATTN_WITH_SM90"] if "90a" in self.cuda.archs else []
         for source in sorted(Path("csrc/cuda").glob("*.cpp")):
-            file.compile(self.cxx, source, [*COMMON_FLAGS, *includes])
+            file.compile(self.cxx, source, [*COMMON_FLAGS, *includes, *hopper])
         host = ",".join(f for f in COMMON_FLAGS if f.startswith("-f"))
         nvcc = [self.cuda.nvcc, "-std=c++20", "-O3", "-DNDEBUG", "-lineinfo", "-Icsrc/include"]
         for source in sorted(Path("csrc/cuda/inst").glob("*.cu")):

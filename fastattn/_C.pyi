@@ -8,13 +8,13 @@ compiler: str
 build_flags: str
 built_with_cuda: bool
 cuda_archs: tuple[str, ...]
-emulates_cuda: bool
-"""A build for tests (FASTATTN_CUDA=emulate): it has the level "sm80", at which attention on CPU
-tensors runs the CUDA kernels over an emulated GPU, and all else the highest CPU level."""
+emulated_levels: tuple[str, ...]
+"""In a build for tests (FASTATTN_CUDA=emulate) "sm80" and "sm90", at which attention on CPU tensors
+runs the CUDA kernels over an emulated GPU of that kind, and all else the highest CPU level."""
 
 def cpu_levels() -> list[tuple[str, str | None]]:
-    """Every CPU level, slowest first, with what keeps it from running here (None: nothing); "sm80"
-    after them where emulates_cuda."""
+    """Every CPU level, slowest first, with what keeps it from running here (None: nothing); after
+    them emulated_levels."""
 
 def active_cpu_level() -> str:
     """The level in use: the highest of the CPU that runs here, unless FASTATTN_CPU_ISA or a call
@@ -27,10 +27,10 @@ def set_cpu_level(name: str) -> None:
     """
 
 def emulator_launches() -> int:
-    """Kernels that the emulator has run. Only where emulates_cuda."""
+    """Kernels that the emulator has run. Only where there are emulated_levels."""
 
 def set_emulator_seed(seed: int) -> None:
-    """Choose the order in which the emulator runs threads. Only where emulates_cuda."""
+    """Choose the order in which the emulator runs threads. Only where there are emulated_levels."""
 
 def cpu_peak(what: str, rounds: int) -> float:
     """FLOPs of `rounds` rounds of the products that attention of a dtype ("fp32", "bf16", "fp16")

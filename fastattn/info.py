@@ -21,7 +21,6 @@ from fastattn.functional.attention import attention
 
 __all__ = ["Explanation", "Info", "explain", "info"]
 
-_EMULATED = "sm80"  # the level of the CUDA kernels in a build for tests
 
 # What changes how fastattn runs.
 _ENVIRONMENT = ("FASTATTN_CPU_ISA", "OMP_NUM_THREADS", "OMP_PROC_BIND", "GOMP_CPU_AFFINITY")
@@ -110,8 +109,8 @@ def info() -> Info:
 
 
 def _cuda() -> str:
-    if _C.emulates_cuda:
-        return f"emulated, for tests, at level {_EMULATED}"
+    if _C.emulated_levels:
+        return f"emulated, for tests, at levels {', '.join(_C.emulated_levels)}"
     return f"built for {', '.join(_C.cuda_archs)}" if _C.built_with_cuda else _NO_CUDA
 
 
@@ -132,7 +131,7 @@ def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explan
     devices = [query.device] if query.is_cuda else []
     with torch.random.fork_rng(devices), _Recorder() as recorder:  # type: ignore[no-untyped-call]
         attention(query, key, value, **options)
-    on_cuda = query.is_cuda or _C.active_cpu_level() == _EMULATED
+    on_cuda = query.is_cuda or _C.active_cpu_level() in _C.emulated_levels
     explanation = (_on_cuda if on_cuda else _on_cpu)(query, recorder, options)
     if recorder.dtype != query.dtype:
         cast = f"autocast: {query.dtype} inputs are cast to {recorder.dtype}"
@@ -152,7 +151,7 @@ def _on_cpu(query: Tensor, recorder: _Recorder, options: Mapping[str, Any]) -> E
     for name, obstacle in _C.cpu_levels():
         if obstacle is not None:
             rejected[name] = obstacle
-        elif name == _EMULATED:
+        elif name in _C.emulated_levels:
             rejected[name] = "an emulation, for tests: it is chosen by its name"
         elif name != level and name not in rejected:
             above = names.index(name) > names.index(level)
@@ -170,15 +169,19 @@ def _on_cuda(query: Tensor, recorder: _Recorder, options: Mapping[str, Any]) -> 
         reasons = [f"device {query.device}: {device}; built for {', '.join(_C.cuda_archs)}"]
         rejected = {"cpu": f"the tensors are on {query.device}"}
     else:
-        reasons, rejected = [f"level {_EMULATED}: {_level_in_use()[1]}"], {"cpu": "emulated"}
-    rejected["sm90"] = "no kernels for sm_90 in this version: the sm_80 kernels run there"
+        level, why = _level_in_use()
+        reasons, rejected = [f"level {level}: {why}"], {"cpu": "emulated"}
+    if recorder.arch == "sm90":
+        rejected["sm80"] = "the GPU has instructions that the kernel of sm90 is written for"
+    else:
+        rejected["sm90"] = recorder.why_not_sm90
     _add_schedules(schedule, _CUDA_SCHEDULES, options, reasons, rejected)
     if recorder.tiles:
         reasons.append(recorder.tiles)
     if "decode" in rejected and options.get("dropout_p"):
         rejected["decode"] = "it has no dropout"
     backend = "cuda" if query.is_cuda else "emulated"
-    kernel = "no kernel" if schedule == "none" else f"{backend}/sm80/{schedule}"
+    kernel = "no kernel" if schedule == "none" else f"{backend}/{recorder.arch}/{schedule}"
     return Explanation(kernel, tuple(reasons), rejected)
 
 
@@ -249,8 +252,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Asks for the schedule of the attention that is called, in place of computing it."""
 
     schedule: str
-    tiles: str  # of a CUDA kernel
     dtype: torch.dtype
+    # Of a CUDA kernel: what it is written for, why it is none of sm_90, its tiles.
+    arch = why_not_sm90 = tiles = ""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Any | None = None
@@ -268,20 +272,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
     def _record(self, args: Any, kwargs: Any) -> None:
-        self.schedule, _, self.tiles = _ops.attention_schedule(*args, **kwargs).partition(": ")
+        self.schedule, *more = _ops.attention_schedule(*args, **kwargs).split("\n")
+        if more:
+            self.arch, self.why_not_sm90, self.tiles = more
         self.dtype = args[0].dtype
 
 
 def _level_in_use() -> tuple[str, str]:
     level = _C.active_cpu_level()
     runnable = [name for name, obstacle in _C.cpu_levels() if obstacle is None]
-    highest = [name for name in runnable if name != _EMULATED][-1]
+    highest = [name for name in runnable if name not in _C.emulated_levels][-1]
     if level == highest:
         return level, "the highest that runs here"
     by = "a call to set_cpu_level"
     if os.environ.get("FASTATTN_CPU_ISA") == level:
         by = f"FASTATTN_CPU_ISA={level}"
-    return level, f"{by} chooses it" if level == _EMULATED else f"{by} holds it below {highest}"
+    emulated = level in _C.emulated_levels
+    return level, f"{by} chooses it" if emulated else f"{by} holds it below {highest}"
 
 
 def _cpu_name() -> str:

@@ -204,8 +204,9 @@ def rows() -> Iterator[Row]:
 
 def cuda_level() -> str | None:
     """Where the CUDA kernels can be tried here: on a GPU, or in a build that emulates one."""
-    if _C.emulates_cuda:
-        return "sm80"
+    if _C.emulated_levels:
+        level = _C.active_cpu_level()
+        return level if level in _C.emulated_levels else _C.emulated_levels[0]
     return "cuda" if _C.built_with_cuda and torch.cuda.is_available() else None
 
 
@@ -217,7 +218,7 @@ def declared_on_cuda(row: Row) -> tuple[bool, bool]:
 
 def _cpu_level() -> str:
     level = _C.active_cpu_level()
-    return "scalar" if level == "sm80" else level
+    return "scalar" if level in _C.emulated_levels else level
 
 
 def try_on(level: str, row: Row) -> tuple[bool, bool]:

@@ -97,9 +97,13 @@ def on_gpu():
     return torch.get_default_device().type == "cuda"
 
 
+def is_on_cuda(level):
+    return level == "cuda" or level in _C.emulated_levels
+
+
 def on_cuda():
     """Whether CUDA's kernels run: on a GPU or on an emulated one."""
-    return on_gpu() or _C.active_cpu_level() == "sm80"
+    return on_gpu() or is_on_cuda(_C.active_cpu_level())
 
 
 def skip_without_kernels(dtype=torch.float32, *head_dims):

@@ -1,7 +1,7 @@
 """Every test that takes ``level`` runs once on every level, or says why it cannot.
 
-Levels are those of the CPU and, for what has CUDA kernels (ON_CUDA), those of CUDA: "sm80" is an
-emulated GPU, in a build that has one (FASTATTN_CUDA=emulate), and "cuda" a real one.
+Levels are those of the CPU and, for what has CUDA kernels (ON_CUDA), those of CUDA: "sm80" and
+"sm90" are emulated GPUs, in a build that has them (FASTATTN_CUDA=emulate), and "cuda" a real one.
 FASTATTN_CPU_ISA chooses one of all but the last.
 """
 
@@ -14,31 +14,42 @@ from fastattn import _C
 from fastattn.support import cuda_level
 from fastattn.testing import running_on
 
-ON_CUDA = ("test_attention_", "test_activation", "test_rope")  # beginnings of modules
+# The emulated levels that have kernels of their own, by the beginning of a module's name.
+ON_CUDA = {
+    "test_attention_": ("sm80", "sm90"),
+    "test_activation": ("sm80",),
+    "test_rope": ("sm80",),
+}
 
 
-def _levels(on_cuda):
+def _emulated_levels(module):
+    return next((levels for name, levels in ON_CUDA.items() if module.startswith(name)), ())
+
+
+def _levels(module):
+    emulated = _emulated_levels(module)
     only = os.environ.get("FASTATTN_CPU_ISA")
     for name, obstacle in _C.cpu_levels():
-        if only in (None, "", name) and (on_cuda or name != "sm80"):
+        if only in (None, "", name) and (name not in _C.emulated_levels or name in emulated):
             marks = [pytest.mark.skip(reason=f"{name}: {obstacle}")] if obstacle else []
             yield pytest.param(name, id=name, marks=marks)
-    if on_cuda and not only and _C.built_with_cuda and torch.cuda.is_available():
+    if emulated and not only and _C.built_with_cuda and torch.cuda.is_available():
         yield pytest.param("cuda", id="cuda")
 
 
 def pytest_generate_tests(metafunc):
     if "level" in metafunc.fixturenames:
-        levels = list(_levels(metafunc.module.__name__.startswith(ON_CUDA)))
+        levels = list(_levels(metafunc.module.__name__))
         metafunc.parametrize("level", levels, indirect=True)
 
 
 def pytest_collection_modifyitems(items):
-    if os.environ.get("FASTATTN_CPU_ISA") != "sm80":
+    level = os.environ.get("FASTATTN_CPU_ISA")
+    if level not in _C.emulated_levels:
         return
     for item in items:
-        if not item.path.name.startswith(ON_CUDA):
-            item.add_marker(pytest.mark.skip(reason="sm80: has no kernels of this"))
+        if level not in _emulated_levels(item.path.stem):
+            item.add_marker(pytest.mark.skip(reason=f"{level}: has no kernels of this"))
 
 
 @pytest.fixture

@@ -7,13 +7,13 @@ from fastattn import _C
 from fastattn.support import cuda_level
 
 gpu = pytest.mark.skipif(cuda_level() != "cuda", reason="no GPU, or a build without CUDA")
-emulated = pytest.mark.skipif(not _C.emulates_cuda, reason="a build without an emulated GPU")
+emulated = pytest.mark.skipif(not _C.emulated_levels, reason="a build without an emulated GPU")
 
 
 def orders_of_threads(level):
     """Goes round once for each; on a GPU the order differs by itself."""
     for seed in (1, 2, 3):
-        if level == "sm80":
+        if level in _C.emulated_levels:
             _C.set_emulator_seed(seed)
         yield
 

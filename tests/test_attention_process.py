@@ -57,8 +57,8 @@ def python(program, **environment):
 def test_memory_grows_with_the_length_and_not_with_its_square(level, dtype):
     """Forward and backward of 8 heads of length 16384; the matrix of scores alone is 8 GiB."""
     skip_on_gpu("the process's memory is not the GPU's")
-    if level == "sm80":
-        pytest.skip("sm80: the emulation would take hours")
+    if level in _C.emulated_levels:
+        pytest.skip(f"{level}: the emulation would take hours")
     window = (300, None) if level == "scalar" else None  # the whole would take minutes there
     extra = int(run(MEMORY.format(level=level, dtype=dtype, window=window)))
     assert extra < 300, f"{extra} MiB over the tensors themselves"

@@ -24,7 +24,7 @@ import fastattn.nn as fnn
 from fastattn import _C
 from fastattn.testing import randn
 
-LEVELS = [name for name, obstacle in _C.cpu_levels() if not obstacle and name != "sm80"]
+LEVELS = [name for name, why in _C.cpu_levels() if not why and name not in _C.emulated_levels]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, about masks of two kinds and others

@@ -6,8 +6,10 @@
 #include "threads.h"
 
 #if defined(FASTATTN_CUDA_EMULATE)
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
+#include <iterator>
 #elif defined(FASTATTN_WITH_CUDA)
 #include "cuda_stream.h"
 #endif
@@ -18,30 +20,36 @@ namespace fastattn::bind {
 
 namespace {
 
-std::atomic<bool>& emulation() {
-  static std::atomic<bool> on{[] {
+std::atomic<int>& device_in_use() {
+  static std::atomic<int> device{[] {
     const char* level = std::getenv("FASTATTN_CPU_ISA");
-    return level != nullptr && std::string(level) == kEmulatedLevel;
+    return level == nullptr ? kNotEmulated : emulated_device(level);
   }()};
-  return on;
+  return device;
 }
 
 }  // namespace
 
 cuda::Place place_of(const Tensor&) {
-  return {0, nullptr};
+  return {emulated_device(), nullptr};
 }
 
-bool emulating() {
-  return emulation().load(std::memory_order_relaxed);
+int emulated_device(const std::string& level) {
+  const auto found = std::find(std::begin(kEmulatedLevels), std::end(kEmulatedLevels), level);
+  if (found == std::end(kEmulatedLevels)) return kNotEmulated;
+  return static_cast<int>(found - std::begin(kEmulatedLevels));
 }
 
-void set_emulating(bool on) {
-  emulation().store(on, std::memory_order_relaxed);
+int emulated_device() {
+  return device_in_use().load(std::memory_order_relaxed);
+}
+
+void set_emulated_device(int device) {
+  device_in_use().store(device, std::memory_order_relaxed);
 }
 
 Backend backend_of(const Tensor&) {
-  return {.cuda = emulating(), .on_device = false};
+  return {.cuda = emulated_device() != kNotEmulated, .on_device = false};
 }
 
 #elif defined(FASTATTN_WITH_CUDA)
@@ -132,8 +140,9 @@ std::string schedule_of([[maybe_unused]] const Backend& backend, const Attention
 #ifdef FASTATTN_WITH_CUDA
   if (backend.cuda) {
     const cuda::ForwardChoice choice = cuda::attention_choice(params, place_of(query));
-    return std::string(choice.schedule) + ": tiles of " + std::to_string(choice.queries) +
-           " rows x " + std::to_string(choice.keys) +
+    return std::string(choice.schedule) + "\n" + choice.kernel + "\n" +
+           (choice.why_not_sm90 ? choice.why_not_sm90 : "") + "\ntiles of " +
+           std::to_string(choice.queries) + " rows x " + std::to_string(choice.keys) +
            " keys, heads in a tile: " + std::to_string(choice.heads) +
            ", parts of the keys: " + std::to_string(choice.parts);
   }

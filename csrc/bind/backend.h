@@ -32,11 +32,15 @@ void check_cuda_status(Status status);
 #endif
 
 #ifdef FASTATTN_CUDA_EMULATE
-// Whether ops on CPU tensors run on the emulator: the level of this name is in use, by
-// FASTATTN_CPU_ISA at first.
-constexpr const char* kEmulatedLevel = "sm80";
-bool emulating();
-void set_emulating(bool on);
+// The levels at which ops on CPU tensors run on the emulator, each on the device of its number
+// there.
+constexpr const char* kEmulatedLevels[] = {"sm80", "sm90"};
+constexpr int kNotEmulated = -1;
+// The number of one of these names.
+int emulated_device(const std::string& level);
+// That of the level in use, by FASTATTN_CPU_ISA at first.
+int emulated_device();
+void set_emulated_device(int device);
 #endif
 
 // Throws unless the backend has kernels for the dtype of a tensor.
@@ -48,6 +52,8 @@ void require_kernels(const Backend& backend, const AttentionParams& params, cons
 
 void run_forward(const Backend& backend, const AttentionParams& params, const Tensor& query);
 void run_backward(const Backend& backend, const AttentionGradParams& params, const Tensor& query);
+// The schedule of a call; on CUDA, in lines of their own, also the architecture that the kernel is
+// written for, why it is not that of sm_90, and its tiles.
 std::string schedule_of(const Backend& backend, const AttentionParams& params, const Tensor& query);
 
 // Uninitialised memory for the time of one op, on its device.

@@ -42,14 +42,15 @@ std::vector<LevelObstacle> cpu_levels() {
                         obstacle ? std::optional<std::string>(obstacle) : std::nullopt);
   }
 #ifdef FASTATTN_CUDA_EMULATE
-  levels.emplace_back(bind::kEmulatedLevel, std::nullopt);
+  for (const char* level : bind::kEmulatedLevels) levels.emplace_back(level, std::nullopt);
 #endif
   return levels;
 }
 
 std::string active_cpu_level() {
 #ifdef FASTATTN_CUDA_EMULATE
-  if (bind::emulating()) return bind::kEmulatedLevel;
+  const int device = bind::emulated_device();
+  if (device != bind::kNotEmulated) return bind::kEmulatedLevels[device];
 #endif
   return cpu::level_name(cpu::active_level());
 }
@@ -64,8 +65,8 @@ void require_level_runs(cpu::Level level) {
 
 void set_cpu_level(const std::string& name) {
 #ifdef FASTATTN_CUDA_EMULATE
-  if (name == bind::kEmulatedLevel) {
-    bind::set_emulating(true);
+  if (const int device = bind::emulated_device(name); device != bind::kNotEmulated) {
+    bind::set_emulated_device(device);
     return cpu::set_level_limit(cpu::detected_level());
   }
 #endif
@@ -77,7 +78,7 @@ void set_cpu_level(const std::string& name) {
     require_level_runs(level);
     cpu::set_level_limit(level);
 #ifdef FASTATTN_CUDA_EMULATE
-    bind::set_emulating(false);
+    bind::set_emulated_device(bind::kNotEmulated);
 #endif
     return;
   }
@@ -143,11 +144,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_peak", &cpu_peak, py::arg("what"), py::arg("rounds"),
         py::call_guard<py::gil_scoped_release>());
 #ifdef FASTATTN_CUDA_EMULATE
-  m.attr("emulates_cuda") = true;
+  m.attr("emulated_levels") = py::tuple(py::cast(std::vector<std::string>(
+      std::begin(bind::kEmulatedLevels), std::end(bind::kEmulatedLevels))));
   m.def("emulator_launches", &emulator::launches);
   m.def("set_emulator_seed", &emulator::set_seed, py::arg("seed"));
 #else
-  m.attr("emulates_cuda") = false;
+  m.attr("emulated_levels") = py::tuple();
 #endif
 #ifdef FASTATTN_WITH_CUDA
   m.def("cuda_probe", &cuda_probe, py::arg("device") = 0, py::call_guard<py::gil_scoped_release>());

@@ -3,6 +3,7 @@
 #include "decode_tiles.h"
 #include "device.cuh"
 #include "fastattn/cuda_api.h"
+#include "forward_sm90.h"
 #include "kernels.h"
 #include "layouts.h"
 #include "tiles.h"
@@ -16,6 +17,8 @@ enum class Schedule { kTile, kSplitTile, kDecode };
 struct Choice {
   Schedule schedule;
   int pack, splits;
+  int queries, keys;  // of a tile
+  bool on_sm90;       // by the kernel of Hopper
 };
 
 int64_t sequences_of(const AttentionParams& p) {
@@ -47,7 +50,16 @@ Choice choose_decode(const AttentionParams& p, const DeviceLimits& limits) {
       decode_blocks(element_bytes(p), stored_bytes(p), head_dim_of(p), limits.shared_bytes);
   const int splits = decode_splits({shared_rows(p), p.heads_kv, sequences_of(p), p.seqlen_k},
                                    {limits.multiprocessors, blocks}, decode_tile_of(p));
-  return {Schedule::kDecode, static_cast<int>(p.heads_q / p.heads_kv), splits};
+  return {Schedule::kDecode, static_cast<int>(p.heads_q / p.heads_kv), splits,
+          kDecodeRows,       decode_tile_of(p).round_keys(),           false};
+}
+
+// Heads of a group that share a tile, which one of them would not fill.
+int pack_of(const AttentionParams& p, const Choice& choice) {
+  if (p.seqlen_q >= choice.queries || shared_rows(p) > INT32_MAX) return 1;
+  const int group = static_cast<int>(p.heads_q / p.heads_kv);
+  // TMA brings whole queries.
+  return choice.on_sm90 && choice.queries % group != 0 ? 1 : group;
 }
 
 Choice choose(const AttentionParams& p, const DeviceLimits& limits) {
@@ -55,15 +67,21 @@ Choice choose(const AttentionParams& p, const DeviceLimits& limits) {
   if (may_split && p.dropout_p == 0 && shared_rows(p) <= kMostDecodeRows) {
     return choose_decode(p, limits);
   }
-  const ForwardTile tile = forward_tile(p.dtype == DType::kFloat32, head_dim_of(p), has_terms(p));
-  // Heads of a group share a tile that one of them would not fill.
-  const bool packs = p.seqlen_q < tile.queries() && shared_rows(p) <= INT32_MAX;
-  const int pack = packs ? static_cast<int>(p.heads_q / p.heads_kv) : 1;
-  const int64_t blocks =
-      ceil_div(p.seqlen_q * pack, tile.queries()) * (p.heads_q / pack) * sequences_of(p);
-  const int splits =
-      may_split ? forward_splits(blocks, p.seqlen_k / tile.keys, limits.multiprocessors) : 1;
-  return {splits > 1 ? Schedule::kSplitTile : Schedule::kTile, pack, splits};
+  Choice choice = {};
+  choice.on_sm90 = sm90_obstacle(p, limits) == nullptr;
+  if (choice.on_sm90) {
+    choice.queries = sm90_tile(p).queries(), choice.keys = sm90_tile(p).keys;
+  } else {
+    const ForwardTile tile = forward_tile(p.dtype == DType::kFloat32, head_dim_of(p), has_terms(p));
+    choice.queries = tile.queries(), choice.keys = tile.keys;
+  }
+  choice.pack = pack_of(p, choice);
+  const int64_t blocks = ceil_div(p.seqlen_q * choice.pack, choice.queries) *
+                         (p.heads_q / choice.pack) * sequences_of(p);
+  choice.splits =
+      may_split ? forward_splits(blocks, p.seqlen_k / choice.keys, limits.multiprocessors) : 1;
+  choice.schedule = choice.splits > 1 ? Schedule::kSplitTile : Schedule::kTile;
+  return choice;
 }
 
 int64_t partial_rows(const AttentionParams& p) {
@@ -94,7 +112,7 @@ ForwardParams forward_params(const AttentionParams& p, const Choice& choice, voi
 }
 
 template <typename T, int kHeadDim>
-cudaError_t run_schedule(const ForwardParams& params, Schedule schedule, cudaStream_t stream) {
+cudaError_t run_on_sm80(const ForwardParams& params, Schedule schedule, cudaStream_t stream) {
   return schedule == Schedule::kDecode ? launch_flash_decode_sm80<T, kHeadDim>(params, stream)
                                        : launch_flash_fwd_sm80<T, kHeadDim>(params, stream);
 }
@@ -102,36 +120,41 @@ cudaError_t run_schedule(const ForwardParams& params, Schedule schedule, cudaStr
 template <typename T>
 cudaError_t run_head_dim(const ForwardParams& params, Schedule schedule, cudaStream_t stream) {
   switch (head_dim_of(params.attention)) {
-    case 64: return run_schedule<T, 64>(params, schedule, stream);
-    case 96: return run_schedule<T, 96>(params, schedule, stream);
-    case 128: return run_schedule<T, 128>(params, schedule, stream);
-    default: return run_schedule<T, 256>(params, schedule, stream);
+    case 64: return run_on_sm80<T, 64>(params, schedule, stream);
+    case 96: return run_on_sm80<T, 96>(params, schedule, stream);
+    case 128: return run_on_sm80<T, 128>(params, schedule, stream);
+    default: return run_on_sm80<T, 256>(params, schedule, stream);
   }
 }
 
 template <typename T>
-cudaError_t run(const ForwardParams& params, Schedule schedule, cudaStream_t stream) {
-  const cudaError_t error = run_head_dim<T>(params, schedule, stream);
+cudaError_t run(const ForwardParams& params, const Choice& choice, const DeviceLimits& limits,
+                cudaStream_t stream) {
+  const cudaError_t error = choice.on_sm90
+                                ? run_flash_fwd_sm90(params, limits.multiprocessors, stream)
+                                : run_head_dim<T>(params, choice.schedule, stream);
   if (error != cudaSuccess || params.splits == 1) return error;
   return launch_flash_combine<T>(params, stream);
 }
 
-cudaError_t run_dtype(const ForwardParams& params, Schedule schedule, cudaStream_t stream) {
+cudaError_t run_dtype(const ForwardParams& params, const Choice& choice, const DeviceLimits& limits,
+                      cudaStream_t stream) {
   switch (params.attention.dtype) {
-    case DType::kBFloat16: return run<bf16>(params, schedule, stream);
-    case DType::kFloat16: return run<f16>(params, schedule, stream);
-    default: return run<float>(params, schedule, stream);
+    case DType::kBFloat16: return run<bf16>(params, choice, limits, stream);
+    case DType::kFloat16: return run<f16>(params, choice, limits, stream);
+    default: return run<float>(params, choice, limits, stream);
   }
 }
 
-// Rows of packed queries that belong to no sequence: out 0, lse -inf.
+// Rows of packed queries that no sequence has, or none within seqlen_q: out 0, lse -inf.
 cudaError_t fill_unused(const AttentionParams& p, cudaStream_t stream) {
   if (p.cu_seqlens_q.data == nullptr) return cudaSuccess;
   constexpr uint32_t kZero = 0, kMinusInfinity = 0xff800000u;
   UnusedRows rows = {p.out,          static_cast<int32_t>(dtype_size(p.dtype)),
                      kZero,          p.heads_q,
                      p.total_q,      p.head_dim_v,
-                     p.cu_seqlens_q, p.batch0};
+                     p.cu_seqlens_q, p.batch0,
+                     p.seqlen_q};
   const cudaError_t error = launch_fill_unused_rows(rows, stream);
   if (error != cudaSuccess) return error;
   rows.tensor = p.lse;
@@ -155,7 +178,7 @@ Status attention_forward(const AttentionParams& p, void* workspace, const Place&
   if (guard.error() != cudaSuccess) return status_of(guard.error());
   const Choice choice = choose(p, limits);
   const auto stream = static_cast<cudaStream_t>(place.stream);
-  error = run_dtype(forward_params(p, choice, workspace), choice.schedule, stream);
+  error = run_dtype(forward_params(p, choice, workspace), choice, limits, stream);
   return status_of(error == cudaSuccess ? fill_unused(p, stream) : error);
 }
 
@@ -163,12 +186,17 @@ ForwardChoice attention_choice(const AttentionParams& p, const Place& place) {
   DeviceLimits limits = {};
   device_limits(place.device, &limits);
   const Choice choice = choose(p, limits);
-  if (choice.schedule == Schedule::kDecode) {
-    return {"decode", kDecodeRows, decode_tile_of(p).round_keys(), choice.pack, choice.splits};
-  }
-  const ForwardTile tile = forward_tile(p.dtype == DType::kFloat32, head_dim_of(p), has_terms(p));
-  const char* schedule = choice.schedule == Schedule::kTile ? "tile" : "split tile";
-  return {schedule, tile.queries(), tile.keys, choice.pack, choice.splits};
+  const char* const schedules[] = {"tile", "split tile", "decode"};
+  const bool is_decode = choice.schedule == Schedule::kDecode;
+  return {schedules[static_cast<int>(choice.schedule)],
+          choice.queries,
+          choice.keys,
+          choice.pack,
+          choice.splits,
+          choice.on_sm90 ? "sm90" : "sm80",
+          choice.on_sm90 ? nullptr
+          : is_decode    ? "few queries: the decode kernel of sm80 is bound by memory there too"
+                         : sm90_obstacle(p, limits)};
 }
 
 }  // namespace fastattn::cuda

@@ -2,6 +2,7 @@
 #include <numbers>
 
 #include "backward_kernels.h"
+#include "backward_sm90.h"
 #include "device.cuh"
 #include "fastattn/cuda_api.h"
 #include "layouts.h"
@@ -10,7 +11,7 @@
 namespace fastattn::cuda {
 namespace {
 
-// Of lse2, and of delta.
+// Of row_lse, and of delta.
 int64_t stats_rows(const AttentionParams& p) {
   return p.heads_q * padded_rows(p) + kRowSlack;
 }
@@ -40,7 +41,7 @@ cudaError_t run_for(const AttentionParams& p, const Run& run) {
   }
 }
 
-// Whether one kernel computes dK, dV and dQ. Its sums of dQ have no fixed order.
+// Whether the kernel of sm80 computes dK, dV and dQ. Its sums of dQ have no fixed order.
 bool is_fused(const AttentionGradParams& g, const DeviceLimits& limits) {
   const AttentionParams& p = g.forward;
   if (g.deterministic || p.batch_invariant) return false;
@@ -60,7 +61,19 @@ int64_t sums_of_dquery(const AttentionParams& p) {
   return p.heads_q * padded_rows(p) * head_dim_of(p);
 }
 
-BackwardParams backward_params(const AttentionGradParams& g, bool fused, void* workspace) {
+// Which kernels compute dK, dV and dQ.
+enum class Way {
+  kInOrder,  // one for dK and dV, one for dQ
+  kFused,    // one that adds dQ to sums
+  kSm90      // the same, that of Hopper
+};
+
+Way way_of(const AttentionGradParams& g, const DeviceLimits& limits) {
+  if (takes_backward_sm90(g, limits)) return Way::kSm90;
+  return is_fused(g, limits) ? Way::kFused : Way::kInOrder;
+}
+
+BackwardParams backward_params(const AttentionGradParams& g, Way way, void* workspace) {
   const AttentionParams& p = g.forward;
   BackwardParams params = {};
   params.gradient = g;
@@ -76,21 +89,21 @@ BackwardParams backward_params(const AttentionGradParams& g, bool fused, void* w
   params.inner_scale = p.softcap != 0 ? static_cast<float>(p.scale / p.softcap) : 0.0f;
   params.unit = (has_terms(p) ? 1.0f : params.scale) * std::numbers::log2e_v<float>;
   params.survivor = p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
-  params.lse2 = static_cast<float*>(workspace);
-  params.delta = params.lse2 + stats_rows(p);
+  params.row_lse = static_cast<float*>(workspace);
+  params.delta = params.row_lse + stats_rows(p);
   params.padded_rows = padded_rows(p);
-  params.dquery_sums = fused ? params.delta + stats_rows(p) : nullptr;
+  params.dquery_sums = way != Way::kInOrder ? params.delta + stats_rows(p) : nullptr;
   return params;
 }
 
-// Zeros in the packed rows that belong to no sequence.
+// Zeros in the packed rows that no kernel computes.
 cudaError_t clear_unused(const AttentionParams& p, const MutableTensor& gradient, bool of_queries,
                          int64_t columns, cudaStream_t stream) {
   if (p.cu_seqlens_q.data == nullptr || gradient.data == nullptr) return cudaSuccess;
   return launch_fill_unused_rows(
       {gradient, static_cast<int32_t>(dtype_size(p.dtype)), 0, of_queries ? p.heads_q : p.heads_kv,
        of_queries ? p.total_q : p.total_k, columns, of_queries ? p.cu_seqlens_q : p.cu_seqlens_k,
-       p.batch0},
+       p.batch0, of_queries ? p.seqlen_q : p.seqlen_k},
       stream);
 }
 
@@ -103,10 +116,13 @@ cudaError_t clear_unused_rows(const AttentionGradParams& g, cudaStream_t stream)
 }
 
 template <typename T, int kHeadDim>
-cudaError_t run_fused(const BackwardParams& params, cudaStream_t stream) {
+cudaError_t run_with_sums(const BackwardParams& params, Way way, cudaStream_t stream) {
   const size_t bytes = static_cast<size_t>(sums_of_dquery(params.gradient.forward)) * sizeof(float);
-  const cudaError_t error = cudaMemsetAsync(params.dquery_sums, 0, bytes, stream);
-  return error == cudaSuccess ? launch_flash_bwd_dkdvdq_sm80<T, kHeadDim>(params, stream) : error;
+  cudaError_t error = cudaMemsetAsync(params.dquery_sums, 0, bytes, stream);
+  if (error != cudaSuccess) return error;
+  error = way == Way::kSm90 ? run_flash_bwd_sm90(params, stream)
+                            : launch_flash_bwd_dkdvdq_sm80<T, kHeadDim>(params, stream);
+  return error == cudaSuccess ? launch_flash_bwd_convert_dq<T, kHeadDim>(params, stream) : error;
 }
 
 template <typename T, int kHeadDim>
@@ -121,12 +137,12 @@ cudaError_t run_in_order(const BackwardParams& params, cudaStream_t stream) {
 }
 
 template <typename T, int kHeadDim>
-cudaError_t run_kernels(const BackwardParams& params, cudaStream_t stream) {
+cudaError_t run_kernels(const BackwardParams& params, Way way, cudaStream_t stream) {
   cudaError_t error = launch_flash_bwd_prepare<T>(params, stream);
   if (error != cudaSuccess) return error;
   if constexpr (sizeof(T) == 2) {
-    error = params.dquery_sums != nullptr ? run_fused<T, kHeadDim>(params, stream)
-                                          : run_in_order<T, kHeadDim>(params, stream);
+    error = way != Way::kInOrder ? run_with_sums<T, kHeadDim>(params, way, stream)
+                                 : run_in_order<T, kHeadDim>(params, stream);
   } else {
     error = run_in_order<T, kHeadDim>(params, stream);
   }
@@ -136,10 +152,10 @@ cudaError_t run_kernels(const BackwardParams& params, cudaStream_t stream) {
   return error;
 }
 
-cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
+cudaError_t run_backward(const BackwardParams& params, Way way, cudaStream_t stream) {
   const AttentionGradParams& g = params.gradient;
   cudaError_t error = run_for(g.forward, [&]<typename T, int kHeadDim>() {
-    return run_kernels<T, kHeadDim>(params, stream);
+    return run_kernels<T, kHeadDim>(params, way, stream);
   });
   if (error == cudaSuccess && g.dsink.data != nullptr) {
     error = launch_flash_bwd_sink(params, stream);
@@ -152,7 +168,8 @@ cudaError_t run_backward(const BackwardParams& params, cudaStream_t stream) {
 size_t attention_backward_workspace(const AttentionGradParams& g, const Place& place) {
   DeviceLimits limits = {};
   if (device_limits(place.device, &limits) != cudaSuccess) return 0;  // the op will say why
-  const int64_t sums = is_fused(g, limits) ? sums_of_dquery(g.forward) : 0;
+  const bool has_sums = way_of(g, limits) != Way::kInOrder;
+  const int64_t sums = has_sums ? sums_of_dquery(g.forward) : 0;
   return static_cast<size_t>(2 * stats_rows(g.forward) + sums) * sizeof(float);
 }
 
@@ -162,8 +179,9 @@ Status attention_backward(const AttentionGradParams& g, void* workspace, const P
   if (error != cudaSuccess) return status_of(error);
   const DeviceGuard guard(place.device);
   if (guard.error() != cudaSuccess) return status_of(guard.error());
-  const BackwardParams params = backward_params(g, is_fused(g, limits), workspace);
-  return status_of(run_backward(params, static_cast<cudaStream_t>(place.stream)));
+  const Way way = way_of(g, limits);
+  const BackwardParams params = backward_params(g, way, workspace);
+  return status_of(run_backward(params, way, static_cast<cudaStream_t>(place.stream)));
 }
 
 }  // namespace fastattn::cuda

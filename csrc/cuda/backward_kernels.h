@@ -21,6 +21,9 @@ cudaError_t launch_flash_bwd_dbias_sm80(BackwardParams params, cudaStream_t stre
 // takes.
 template <typename T, int kHeadDim>
 cudaError_t launch_flash_bwd_dkdvdq_sm80(BackwardParams params, cudaStream_t stream);
+// dQ from these sums.
+template <typename T, int kHeadDim>
+cudaError_t launch_flash_bwd_convert_dq(BackwardParams params, cudaStream_t stream);
 template <typename T, int kHeadDim>
 size_t dkdvdq_shared_bytes(bool has_terms);
 

@@ -15,10 +15,9 @@ struct BackwardParams {
   float scale, inner_scale;  // of the products; the same divided by softcap
   float survivor;            // what dropout multiplies the weights by that it keeps
   // Of each query row, (heads_q, padded_rows), overwritten by flash_bwd_prepare; see padded_row().
-  // A row that saw nothing, or takes no part, has lse2 = infinity: its weights exp2(s - lse2) are
-  // 0.
-  float* lse2;   // log2 of the sum of the weights
-  float* delta;  // sum_d dout * out - dlse
+  // A row that saw nothing, or takes no part, has row_lse = infinity: its weights are 0.
+  float* row_lse;  // lse where scores have terms (see Maximum), else in powers of two
+  float* delta;    // sum_d dout * out - dlse
   int64_t padded_rows;
   // (heads_q, padded_rows, head_dim of the kernel) in the order of dq_fragment(), zero at first:
   // where the kernel for dK and dV adds dQ / scale. Null where another kernel owns dQ.
@@ -41,7 +40,7 @@ FA_INLINE int64_t padded_row(const AttentionParams& p, int64_t index, int64_t fi
 FA_INLINE int64_t padded_rows(const AttentionParams& p) {
   return padded_row(p, p.batch0 * p.batch1, p.total_q);
 }
-// Where row 0 of a sequence and head lies in lse2 and delta.
+// Where row 0 of a sequence and head lies in row_lse and delta.
 FA_INLINE int64_t padded_origin(const BackwardParams& params, const Sequence& seq, int64_t head) {
   return head * params.padded_rows + padded_row(params.gradient.forward, seq.index, seq.first_q);
 }

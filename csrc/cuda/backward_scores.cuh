@@ -69,11 +69,12 @@ struct BackwardScores {
     hide_columns(weights, [&](int row) { return place.seen(row, 8 * kN); });
   }
 
-  // `lse2(m, n, e)`: of the query of an element. kMasked: some scores are hidden.
+  // `row_lse(m, n, e)`: of the query of an element. kMasked: some scores are hidden.
   template <bool kMasked, typename OfQuery>
-  FA_DEVICE void recompute_p(float unit, const OfQuery& lse2) {
+  FA_DEVICE void recompute_p(float unit, const OfQuery& row_lse) {
     weights.for_each([&](int m, int n, int e, float& x) {
-      const float weight = ptx::exp2(fmaf(x, unit, -lse2(m, n, e)));
+      const float lse = row_lse(m, n, e);
+      const float weight = ptx::exp2(kTerms ? (x - lse) * unit : fmaf(x, unit, -lse));
       // A lse of NaN belongs to those who saw the NaN.
       x = kMasked && x == -infinity() ? 0.0f : weight;
     });

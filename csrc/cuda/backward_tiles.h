@@ -41,6 +41,19 @@ constexpr DkDvTile dkdvdq_tile(int head_dim, bool has_terms) {
   return tile;
 }
 
+// Of the kernel of Hopper, whose two warpgroups have 64 keys each: queries of a step. Of the 240
+// registers of a thread dK and dV take head_dim, scores and dP as many as there are queries.
+struct BackwardTileSm90 {
+  int queries;
+};
+
+constexpr int kBackwardKeysSm90 = 128;
+constexpr int kMaxHeadDimBackwardSm90 = 128;  // beyond, dK and dV fill the registers
+
+constexpr BackwardTileSm90 backward_tile_sm90(int head_dim) {
+  return {head_dim > 64 ? 64 : 128};
+}
+
 // Of the gradients of queries: warps, 16-query tiles of a warp, keys of a step, steps in shared
 // memory at a time.
 struct DqTile {

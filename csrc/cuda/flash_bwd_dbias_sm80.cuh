@@ -118,9 +118,9 @@ class FlashDbias {
     const auto of_row = [&](const float* of_rows, int half) {
       return of_rows[origin + row_of(0, 2 * half)];
     };
-    const float row_lse2[2] = {of_row(params.lse2, 0), of_row(params.lse2, 1)};
+    const float row_lse_of[2] = {of_row(params.row_lse, 0), of_row(params.row_lse, 1)};
     const float row_delta[2] = {of_row(params.delta, 0), of_row(params.delta, 1)};
-    const auto lse2 = [&](int, int, int e) { return row_lse2[e / 2]; };
+    const auto row_lse = [&](int, int, int e) { return row_lse_of[e / 2]; };
     const auto delta = [&](int, int, int e) { return row_delta[e / 2]; };
     const ScorePlace<false> place = {params, p, seq, head, first_query + warp_row, first_key};
     Scores scores;
@@ -129,7 +129,7 @@ class FlashDbias {
     ptx::sync_block();  // Q and K are there
     multiply_rows(scores.weights, shared.operands.query, warp_row, shared.operands.key, 0);
     scores.mask_tile(place);
-    scores.template recompute_p<true>(params.unit, lse2);
+    scores.template recompute_p<true>(params.unit, row_lse);
     scores.drop(place);
     Tile ds;
     ds.set_zero();

@@ -9,44 +9,10 @@
 #pragma once
 
 #include "backward_scores.cuh"
+#include "dkdv_tile.cuh"
 #include "dq_share.cuh"
 
 namespace fastattn::cuda {
-
-// Which part of the problem a block has, in shared memory.
-struct DkDvPlan {
-  Sequence seq;
-  int64_t head_kv, first_head, first_key;
-  int group;                          // heads that share these keys
-  int first_block, last_block;        // tiles of queries of which some see some of the keys
-  int first_interior, last_interior;  // of these, those of which all see all
-
-  FA_DEVICE DkDvPlan(const BackwardParams& params, int keys, int queries) {
-    const AttentionParams& p = params.gradient.forward;
-    // Divisions are of 32 bits: those of 64 are calls.
-    const uint32_t nth = blockIdx.x % params.tiles, index = blockIdx.x / params.tiles;
-    const uint32_t heads = static_cast<uint32_t>(p.heads_kv);
-    head_kv = index % heads;
-    seq = sequence_at(p, index / heads);
-    group = static_cast<int>(static_cast<uint32_t>(p.heads_q) / heads);
-    first_head = head_kv * group;
-    first_key = static_cast<int64_t>(nth) * keys;
-    first_block = last_block = first_interior = last_interior = 0;
-    const Range tile = {first_key, min_of(first_key + keys, seq.len_k)};
-    if (is_empty(tile)) return;
-    const Range any = intersect(rows_seeing_any(p, seq, tile), {0, seq.len_q});
-    const Range all = rows_seeing_all(p, seq, {first_key, first_key + keys});
-    if (is_empty(any)) return;
-    first_block = static_cast<int>(any.first / queries);
-    last_block = static_cast<int>(ceil_div(any.last, queries));
-    first_interior = static_cast<int>(ceil_div(max_of<int64_t>(all.first, 0), queries));
-    last_interior = static_cast<int>(max_of<int64_t>(all.last, 0) / queries);
-  }
-
-  FA_DEVICE int steps() const {
-    return group * (last_block - first_block);
-  }
-};
 
 // Which gradients a kernel computes: where dK and dV do not fit the registers, one at a time; dQ
 // together with dK.
@@ -66,7 +32,7 @@ struct DkDvConfig {
   // A tile of queries.
   struct Stage {
     SharedTile<T, kQueries, kHeadDim> query, dout;
-    alignas(16) float lse2[kQueries], delta[kQueries];
+    alignas(16) float row_lse[kQueries], delta[kQueries];
   };
   struct None {};
   struct Shared {
@@ -110,7 +76,7 @@ class FlashDkDv {
       load_kv_tile();
       load_q_tile(0);
       for (int n = 0; n < plan.steps(); ++n) {
-        if (is_interior(step_of(n).block)) {
+        if (is_interior(plan.step_of(n).block)) {
           step<false>(n);
         } else {
           step<true>(n);
@@ -124,17 +90,6 @@ class FlashDkDv {
   FA_DEVICE int warp_row() const {
     return static_cast<int>(threadIdx.x) / 32 * 16 * kM;
   }
-  struct Step {
-    int head, block;  // of the group; a tile of queries
-  };
-
-  // Made from its number whenever it is needed: registers are for the tiles.
-  FA_DEVICE Step step_of(int n) const {
-    const uint32_t width = static_cast<uint32_t>(plan.last_block - plan.first_block);
-    const int head = static_cast<int>(static_cast<uint32_t>(n) / width);
-    return {head, plan.first_block + n - head * static_cast<int>(width)};
-  }
-
   FA_DEVICE bool is_interior(int block) const {
     return !Config::kTerms && plan.first_interior <= block && block < plan.last_interior;
   }
@@ -181,13 +136,13 @@ class FlashDkDv {
   // Queries `first` to first + kPart of the step: as many as the registers hold scores of.
   template <bool kMasked>
   FA_DEVICE void add_part(int n, const Stage& stage, int first, bool may_leak) {
-    const auto lse2 = [&](int, int c, int e) { return of_column(stage.lse2 + first, c, e); };
+    const auto row_lse = [&](int, int c, int e) { return of_column(stage.row_lse + first, c, e); };
     const auto delta = [&](int, int c, int e) { return of_column(stage.delta + first, c, e); };
     Scores scores;
     scores.weights.set_zero();
     multiply_rows(scores.weights, shared.key, warp_row(), stage.query, first);
     if constexpr (kMasked) scores.mask_tile(place_of(n, first));
-    scores.template recompute_p<kMasked>(params.unit, lse2);
+    scores.template recompute_p<kMasked>(params.unit, row_lse);
     if constexpr (Config::kTerms) scores.drop(place_of(n, first));
     if constexpr (Config::kDv) {
       Tile kept = scores.survivors(params.survivor);
@@ -206,7 +161,7 @@ class FlashDkDv {
   }
 
   FA_DEVICE ScorePlace<true> place_of(int n, int first) const {
-    const Step at = step_of(n);
+    const DkDvPlan::Step at = plan.step_of(n);
     return {params,
             p,
             seq,
@@ -228,21 +183,14 @@ class FlashDkDv {
     } else {
       multiply_transposed<false>(acc, ds, share.row % kPart, shared.key, share.column);
     }
-    const Step at = step_of(n);
+    const DkDvPlan::Step at = plan.step_of(n);
     const int64_t first = first_query(at) + share.row;
     const int64_t origin = padded_origin(params, seq, plan.first_head + at.head);
     add_to_sums<Config::kHeadDim>(params.dquery_sums, origin + first, seq.len_q - first,
                                   share.column, acc);
   }
 
-  // Of the query that a column stands for; two neighbours are one load.
-  static FA_DEVICE float of_column(const float* of_rows, int n, int e) {
-    const float2 pair =
-        ptx::load_shared(reinterpret_cast<const float2*>(of_rows + column_of(n, 0)));
-    return e % 2 == 0 ? pair.x : pair.y;
-  }
-
-  FA_DEVICE int64_t first_query(Step at) const {
+  FA_DEVICE int64_t first_query(DkDvPlan::Step at) const {
     return static_cast<int64_t>(at.block) * kQueries;
   }
 
@@ -260,14 +208,14 @@ class FlashDkDv {
 
   FA_DEVICE void load_q_tile(int n) {
     Stage& stage = shared.stages[n % kStages];
-    const Step at = step_of(n);
+    const DkDvPlan::Step at = plan.step_of(n);
     const QueryTile tile = {plan.first_head + at.head, first_query(at), 1};
     load_tile<kThreads>(stage.query, thread, params.query,
                         QueryTileRows<T>(p.query, seq, tile, seq.len_q));
     load_tile<kThreads>(stage.dout, thread, params.dout,
                         QueryTileRows<T>(g.dout, seq, tile, seq.len_q));
     const int64_t origin = padded_origin(params, seq, tile.first_head) + tile.first;
-    load_of_rows(stage.lse2, params.lse2 + origin);
+    load_of_rows(stage.row_lse, params.row_lse + origin);
     load_of_rows(stage.delta, params.delta + origin);
     ptx::cp_async_commit();
   }
@@ -279,30 +227,12 @@ class FlashDkDv {
 
   FA_DEVICE void store() {
     if constexpr (Config::kDk) {
-      store_rows(acc_dk, g.dkey, params.has_paired_dkey, p.head_dim, params.scale);
+      store_key_rows<T>(acc_dk, plan, warp_row(), g.dkey, params.has_paired_dkey, p.head_dim,
+                        params.scale);
     }
     if constexpr (Config::kDv) {
-      store_rows(acc_dv, g.dvalue, params.has_paired_dvalue, p.head_dim_v, 1.0f);
-    }
-  }
-
-  FA_DEVICE void store_rows(const Gradient& acc, const MutableTensor& to, bool is_paired,
-                            int64_t columns, float factor) {
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int64_t j = plan.first_key + warp_row() + row_of(m, 2 * half);
-        if (j >= seq.rows_k) continue;
-        T* row = static_cast<T*>(to.data) + offset_of(to.stride, seq.b0, seq.b1, plan.head_kv) +
-                 (seq.first_k + j) * to.stride[3];
-#pragma unroll
-        for (int n = 0; n < Gradient::kN; ++n) {
-          const float* pair = &acc.x[m][n][2 * half];
-          store_pair(row, to.stride[4], is_paired, column_of(n, 0), columns, pair[0] * factor,
-                     pair[1] * factor);
-        }
-      }
+      store_key_rows<T>(acc_dv, plan, warp_row(), g.dvalue, params.has_paired_dvalue, p.head_dim_v,
+                        1.0f);
     }
   }
 

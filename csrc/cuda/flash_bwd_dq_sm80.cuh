@@ -50,7 +50,7 @@ struct DqConfig {
   struct Shared {
     DqPlan plan;
     SharedTile<T, kQueries, kHeadDim> query, dout;
-    alignas(16) float lse2[kQueries], delta[kQueries];
+    alignas(16) float row_lse[kQueries], delta[kQueries];
     Stage stages[kStages];
   };
 };
@@ -125,13 +125,13 @@ class FlashDq {
   FA_DEVICE void add_tile(int block, Stage& stage, bool may_leak) {
     const ScorePlace<false> place = {
         params, p, seq, plan.head, plan.first_query + warp_row, first_key(block)};
-    const auto lse2 = [&](int m, int, int e) { return of_row(shared.lse2, m, e); };
+    const auto row_lse = [&](int m, int, int e) { return of_row(shared.row_lse, m, e); };
     const auto delta = [&](int m, int, int e) { return of_row(shared.delta, m, e); };
     Scores scores;
     scores.weights.set_zero();
     multiply_rows(scores.weights, shared.query, warp_row, stage.key, 0);
     if constexpr (kMasked) scores.mask_tile(place);
-    scores.template recompute_p<kMasked>(params.unit, lse2);
+    scores.template recompute_p<kMasked>(params.unit, row_lse);
     if constexpr (Config::kTerms) scores.drop(place);
     scores.through_softcap();
     Accumulator<kM, kN> ds;
@@ -162,7 +162,7 @@ class FlashDq {
     load_tile<kThreads>(shared.dout, thread, params.dout,
                         QueryTileRows<T>(g.dout, seq, tile, seq.len_q));
     const int64_t origin = padded_origin(params, seq, plan.head) + plan.first_query;
-    load_of_rows(shared.lse2, params.lse2 + origin);
+    load_of_rows(shared.row_lse, params.row_lse + origin);
     load_of_rows(shared.delta, params.delta + origin);
   }
 

@@ -58,10 +58,13 @@ cudaError_t launch_flash_bwd_dkdv_sm80(BackwardParams params, cudaStream_t strea
 
 template <typename T, int kHeadDim>
 cudaError_t launch_flash_bwd_dkdvdq_sm80(BackwardParams params, cudaStream_t stream) {
+  return has_terms(params.gradient.forward) ? DkDvWithDq<T, kHeadDim, true>::run(params, stream)
+                                            : DkDvWithDq<T, kHeadDim, false>::run(params, stream);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_flash_bwd_convert_dq(BackwardParams params, cudaStream_t stream) {
   const AttentionParams& p = params.gradient.forward;
-  const cudaError_t error = has_terms(p) ? DkDvWithDq<T, kHeadDim, true>::run(params, stream)
-                                         : DkDvWithDq<T, kHeadDim, false>::run(params, stream);
-  if (error != cudaSuccess) return error;
   constexpr int kThreads = 32 * kConvertWarps, kRows = 16 * kConvertWarps;
   params.tiles = static_cast<int32_t>(ceil_div(p.seqlen_q, kRows));
   const int64_t blocks = p.batch0 * p.batch1 * p.heads_q * params.tiles;

@@ -49,7 +49,7 @@ void flash_bwd_prepare(const __grid_constant__ BackwardParams params) {
   for (int r = first; r < kPrepareRows; r += kPrepareThreads / kPrepareLanes) {
     const int64_t i = static_cast<int64_t>(tile) * kPrepareRows + r;
     const float* lse = static_cast<const float*>(p.lse.data);
-    float lse2 = infinity(), delta = 0.0f;
+    float row_lse = infinity(), delta = 0.0f;
     const bool is_seen = i < seq.len_q && lse[row_offset(p.lse, seq, head, i)] != -infinity();
     if (is_seen) {
       delta = partial_delta(params,
@@ -62,12 +62,12 @@ void flash_bwd_prepare(const __grid_constant__ BackwardParams params) {
     }
     if (ptx::lane_id() % kPrepareLanes != 0 || i >= seq.rows_q) continue;
     if (is_seen) {
-      lse2 = lse[row_offset(p.lse, seq, head, i)] * kLog2e;
+      row_lse = lse[row_offset(p.lse, seq, head, i)] * (has_terms(p) ? 1.0f : kLog2e);
       if (g.dlse.data != nullptr) {
         delta -= static_cast<const float*>(g.dlse.data)[row_offset(g.dlse, seq, head, i)];
       }
     }
-    params.lse2[origin + i] = lse2;
+    params.row_lse[origin + i] = row_lse;
     params.delta[origin + i] = delta;
   }
 }
@@ -79,13 +79,15 @@ static FA_KERNEL(kSinkThreads,
                  1) void flash_bwd_sink(const __grid_constant__ BackwardParams params) {
   const AttentionParams& p = params.gradient.forward;
   const int64_t head = blockIdx.x;
-  const float sink2 = sink_of(p, head) * kLog2e;
+  const bool is_natural = has_terms(p);
+  const float sink = sink_of(p, head) * (is_natural ? 1.0f : kLog2e);
   double sum = 0;
   for (int64_t index = 0; index < p.batch0 * p.batch1; ++index) {
     const Sequence seq = sequence_at(p, index);
     const int64_t origin = padded_origin(params, seq, head);
     for (int64_t i = threadIdx.x; i < seq.len_q; i += kSinkThreads) {
-      const float weight = ptx::exp2(sink2 - params.lse2[origin + i]);
+      const float distance = sink - params.row_lse[origin + i];
+      const float weight = ptx::exp2(distance * (is_natural ? kLog2e : 1.0f));
       if (weight != 0) sum -= static_cast<double>(weight) * params.delta[origin + i];
     }
   }

@@ -56,17 +56,16 @@ class FlashCombine {
     }
     const float reference = row_max == -infinity() ? 0.0f : row_max;
     for (int s = lane; s < params.splits; s += 32) {
-      const float weight = ptx::exp2(lse_of(s) - reference);
+      const float weight = ptx::exp2((lse_of(s) - reference) * kLog2e);
       if (warp == 0) ptx::store_shared(&shared.weight[s], weight);
       row_sum += weight;
     }
     for (int mask = 16; mask > 0; mask /= 2) row_sum += ptx::shuffle_xor(row_sum, mask);
-    return finalize_row(row_max, row_sum, sink);
+    return finalize_row<Maximum::kScore>(row_max, row_sum, sink);
   }
 
-  // In powers of two.
   FA_DEVICE float lse_of(int split) const {
-    return params.partial_lse[split * params.partial_rows + first] * kLog2e;
+    return params.partial_lse[split * params.partial_rows + first];
   }
 
   FA_DEVICE void add_parts() {

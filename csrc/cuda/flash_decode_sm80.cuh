@@ -78,7 +78,8 @@ class FlashDecode {
         has_terms(cuda::has_terms(p)) {}
 
   FA_DEVICE void run() {
-    if (thread == 0) shared.plan = ForwardPlan(params, Config::kRows, Config::kRoundKeys);
+    if (thread == 0)
+      shared.plan = ForwardPlan(params, blockIdx.x, Config::kRows, Config::kRoundKeys);
     ptx::sync_block();
     if (plan.tile.first >= seq.rows_q * plan.tile.pack) return;
     state.reset();
@@ -151,8 +152,12 @@ class FlashDecode {
     load_v_tile<false>(cursor, slot, has_next);
   }
 
+  // What softmax runs on are scores, or, where they have no terms, products.
+  FA_DEVICE float natural() const {
+    return has_terms ? 1.0f : static_cast<float>(p.scale);
+  }
   FA_DEVICE float unit() const {
-    return has_terms ? kLog2e : static_cast<float>(p.scale) * kLog2e;
+    return natural() * kLog2e;
   }
 
   FA_DEVICE int64_t origin_of(int block) const {
@@ -275,10 +280,11 @@ class FlashDecode {
       }
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
-        share[w] = ptx::exp2(share[w] - (row_max == -infinity() ? 0.0f : row_max));
+        share[w] = ptx::exp2((share[w] - (row_max == -infinity() ? 0.0f : row_max)) * unit());
         row_sum = fmaf(ptx::load_shared(&results.row_sum[w][r]), share[w], row_sum);
       }
-      const RowResult row = result_of_row(params, seq, head, i, row_max, row_sum);
+      const RowResult row =
+          result_of_row<Maximum::kScore>(params, seq, head, i, row_max * natural(), row_sum);
       if (lane == 0) store_lse(params, plan, head, i, row.lse);
       with_out_row<T>(params, plan, head, i, [&](auto* out, int64_t stride) {
 #pragma unroll
@@ -309,7 +315,7 @@ class FlashDecode {
   typename Config::Ring& ring;
   const bool has_terms;
   float key_scale = 0, value_scale = 0;  // of int8: on their way to the ring
-  SoftmaxState<1> state;
+  SoftmaxState<1, Maximum::kScore> state;
   Output acc_o;
 };
 

@@ -22,6 +22,7 @@ struct ForwardConfig {
   static constexpr int kHeadDim = kDim, kWarps = kNumWarps, kThreads = 32 * kNumWarps;
   static constexpr int kM = kRowTiles, kQueries = 16 * kRowTiles * kNumWarps, kKeys = kNumKeys;
   static constexpr bool kTerms = kWithTerms, kInt8 = sizeof(C) == 1;
+  static constexpr Maximum kMaximum = kTerms ? Maximum::kScore : Maximum::kExponent;
 
   struct Shared {
     ForwardPlan plan;
@@ -74,7 +75,7 @@ class FlashForward {
 
  private:
   FA_DEVICE void set_plan() {
-    shared.plan = ForwardPlan(params, Config::kQueries, kKeys);
+    shared.plan = ForwardPlan(params, blockIdx.x, Config::kQueries, kKeys);
     shared.key_rows = KeyRows<C>(p, p.key, seq, plan.head_kv);
     shared.value_rows = KeyRows<C>(p, p.value, seq, plan.head_kv);
   }
@@ -103,7 +104,7 @@ class FlashForward {
     }
     // V is there, and K is used up.
     state.step(scores, unit(), acc_o);
-    if constexpr (Config::kTerms) drop(scores, block);
+    if constexpr (Config::kTerms) drop_weights(scores, p, plan, warp_row, origin_of(block));
     if constexpr (Config::kInt8) scale_columns(scores, shared.value_scale);
     const LeftOperand<T, kM, kKeys / 8> weights(scores);
     // Now and not before softmax: scores and a load together would not fit the registers.
@@ -164,56 +165,12 @@ class FlashForward {
     hide_keys(scores, p, plan, warp_row, j0);
   }
 
-  FA_DEVICE void drop(Scores& weights, int block) const {
-    if (p.dropout_p == 0) return;
-    const int64_t j0 = origin_of(block);
-    const Dropout dropout(p);
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int e = 0; e < 4; e += 2) {
-        const int r = warp_row + row_of(m, e);
-        const int64_t head = seq.index * p.heads_q + tile.head(r);
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n) {
-          const float2 keep = dropout.keep_pair(j0 + column_of(n, e), tile.query(r), head);
-          weights.x[m][n][e] *= keep.x;
-          weights.x[m][n][e + 1] *= keep.y;
-        }
-      }
-    }
-  }
-
   FA_DEVICE void store() {
-    finalize();
+    finalize(acc_o, state, params, plan, warp_row);
     if (params.splits > 1) {
-      store_part();
+      store_part(acc_o, params, plan, warp_row);
     } else {
       store_out();
-    }
-  }
-
-  // acc_o becomes the result, rows without keys 0.
-  FA_DEVICE void finalize() {
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float row_sum = sum_of_row(state.row_sum[m][half]);
-        const int r = warp_row + row_of(m, 2 * half);
-        const int64_t i = tile.query(r), head = tile.head(r);
-        const RowResult row = result_of_row(params, seq, head, i, state.row_max[m][half], row_sum);
-        const bool stores_lse = ptx::lane_id() % 4 == 0 && i < seq.rows_q;
-        if (stores_lse) store_lse(params, plan, head, i, row.lse);
-#pragma unroll
-        for (int n = 0; n < Output::kN; ++n) {
-#pragma unroll
-          for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            float& x = acc_o.x[m][n][e];
-            x = row.output_scale == 0 ? 0.0f : x * row.output_scale;
-          }
-        }
-      }
     }
   }
 
@@ -235,25 +192,6 @@ class FlashForward {
     }
   }
 
-  FA_DEVICE void store_part() {
-#pragma unroll
-    for (int m = 0; m < kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int r = warp_row + row_of(m, 2 * half);
-        const int64_t i = tile.query(r);
-        if (i >= seq.rows_q) continue;
-        float* out =
-            params.partial_out + place_of_part(params, plan, tile.head(r), i) * p.head_dim_v;
-#pragma unroll
-        for (int n = 0; n < Output::kN; ++n) {
-          store_pair(out, 1, params.has_paired_out, column_of(n, 0), p.head_dim_v,
-                     acc_o.x[m][n][2 * half], acc_o.x[m][n][2 * half + 1]);
-        }
-      }
-    }
-  }
-
   const ForwardParams& params;
   const AttentionParams& p;
   typename Config::Shared& shared;
@@ -261,7 +199,7 @@ class FlashForward {
   const Sequence& seq;
   const QueryTile& tile;
   const int thread, warp_row;
-  SoftmaxState<kM> state;
+  SoftmaxState<kM, Config::kMaximum> state;
   Output acc_o;
 };
 

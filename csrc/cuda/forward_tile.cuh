@@ -15,9 +15,9 @@ struct ForwardPlan {
   int first_block, last_block;        // tiles of keys that some row sees
   int first_interior, last_interior;  // of these, those that every row sees the whole of
 
-  FA_DEVICE ForwardPlan(const ForwardParams& params, int queries, int keys) {
+  // `index`: of all heads, parts and tiles of queries.
+  FA_DEVICE ForwardPlan(const ForwardParams& params, uint32_t index, int queries, int keys) {
     const AttentionParams& p = params.attention;
-    uint32_t index = blockIdx.x;
     // The last tiles first: under a causal mask they see the most keys.
     const int nth = params.tiles - 1 - static_cast<int>(index % params.tiles);
     index /= params.tiles;
@@ -87,11 +87,13 @@ FA_DEVICE void scale_columns(Accumulator<kM, kN>& scores, const float* scales) {
 }
 
 // The result of row i < rows_q of a head. Rows that take no part have none.
+template <Maximum kMaximum>
 FA_DEVICE RowResult result_of_row(const ForwardParams& params, const Sequence& seq, int64_t head,
                                   int64_t i, float row_max, float row_sum) {
   if (i >= seq.len_q) return {0.0f, -infinity()};
   const bool is_partial = params.splits > 1;
-  return finalize_row(row_max, row_sum, is_partial ? -infinity() : sink_of(params.attention, head));
+  const float sink = is_partial ? -infinity() : sink_of(params.attention, head);
+  return finalize_row<kMaximum>(row_max, row_sum, sink);
 }
 
 // Where element 0 of row i of a head lies in out or lse.
@@ -115,6 +117,77 @@ FA_DEVICE void store_lse(const ForwardParams& params, const ForwardPlan& plan, i
     params.partial_lse[place_of_part(params, plan, head, i)] = lse;
   } else {
     *row_of_result<float>(params.attention.lse, plan.seq, head, i) = lse;
+  }
+}
+
+// Dropout of weights.
+template <int kM, int kN>
+FA_DEVICE void drop_weights(Accumulator<kM, kN>& weights, const AttentionParams& p,
+                            const ForwardPlan& plan, int first_row, int64_t j0) {
+  if (p.dropout_p == 0) return;
+  const Dropout dropout(p);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      const int r = first_row + row_of(m, e);
+      const int64_t head = plan.seq.index * p.heads_q + plan.tile.head(r);
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const float2 keep = dropout.keep_pair(j0 + column_of(n, e), plan.tile.query(r), head);
+        weights.x[m][n][e] *= keep.x;
+        weights.x[m][n][e + 1] *= keep.y;
+      }
+    }
+  }
+}
+
+// acc_o becomes the result, rows without keys 0, and their lse is stored.
+template <int kM, int kN, Maximum kMaximum>
+FA_DEVICE void finalize(Accumulator<kM, kN>& acc_o, const SoftmaxState<kM, kMaximum>& state,
+                        const ForwardParams& params, const ForwardPlan& plan, int first_row) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float row_sum = sum_of_row(state.row_sum[m][half]);
+      const int r = first_row + row_of(m, 2 * half);
+      const int64_t i = plan.tile.query(r), head = plan.tile.head(r);
+      const RowResult row =
+          result_of_row<kMaximum>(params, plan.seq, head, i, state.row_max[m][half], row_sum);
+      const bool stores_lse = ptx::lane_id() % 4 == 0 && i < plan.seq.rows_q;
+      if (stores_lse) store_lse(params, plan, head, i, row.lse);
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          float& x = acc_o.x[m][n][e];
+          x = row.output_scale == 0 ? 0.0f : x * row.output_scale;
+        }
+      }
+    }
+  }
+}
+
+// The result of a part of the keys, in float32.
+template <int kM, int kN>
+FA_DEVICE void store_part(const Accumulator<kM, kN>& acc_o, const ForwardParams& params,
+                          const ForwardPlan& plan, int first_row) {
+  const int64_t columns = params.attention.head_dim_v;
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = first_row + row_of(m, 2 * half);
+      const int64_t i = plan.tile.query(r);
+      if (i >= plan.seq.rows_q) continue;
+      float* out = params.partial_out + place_of_part(params, plan, plan.tile.head(r), i) * columns;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        store_pair(out, 1, params.has_paired_out, column_of(n, 0), columns, acc_o.x[m][n][2 * half],
+                   acc_o.x[m][n][2 * half + 1]);
+      }
+    }
   }
 }
 

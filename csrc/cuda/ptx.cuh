@@ -1,6 +1,7 @@
-// The only CUDA file with asm: one function per instruction, named after what it does. Kernels
-// touch shared memory, other threads and the matrix units through these functions alone, so that
-// the emulator (tests/emulator/cuda), which has functions of the same names, sees all that matters.
+// With ptx_sm90.cuh the only CUDA files that have asm: one function per instruction, named after
+// what it does. Kernels touch shared memory, other threads and the matrix units through these
+// functions alone, so that the emulator (tests/emulator/cuda), which has functions of the same
+// names, sees all that matters.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -274,6 +274,22 @@ struct QueryTileRows {
   }
 };
 
+// Among lanes 4 g to 4 g + 3, each with four words: lane t gets word t of all four.
+FA_DEVICE void transpose_among_four(Chunk& chunk) {
+  const int lane = ptx::lane_id();
+#pragma unroll
+  for (int bit = 1; bit <= 2; bit *= 2) {
+    const bool is_upper = (lane & bit) != 0;
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      uint32_t& low = chunk.word[bit == 1 ? 2 * n : n];
+      uint32_t& high = chunk.word[bit == 1 ? 2 * n + 1 : n + 2];
+      const uint32_t received = ptx::shuffle_xor(is_upper ? low : high, bit);
+      (is_upper ? low : high) = received;
+    }
+  }
+}
+
 // Two neighbouring columns of a row, as far as there are so many.
 template <typename T>
 FA_DEVICE void store_pair(T* row, int64_t stride, bool is_paired, int column, int64_t columns,

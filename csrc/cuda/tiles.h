@@ -35,6 +35,39 @@ constexpr ForwardTile forward_tile(bool is_float32, int head_dim, bool has_terms
   return {4, 2, head_dim <= 96 ? 64 : 48};
 }
 
+// Of the forward kernel of Hopper: warpgroups that compute (64 rows each), keys of a tile, tiles of
+// keys (and of values) in shared memory at a time; whether warpgroups take turns at products.
+struct ForwardTileSm90 {
+  int warpgroups, keys, stages;
+  bool takes_turns;
+
+  constexpr int queries() const {
+    return 64 * warpgroups;
+  }
+};
+
+// Head dimensions of queries and values that have a kernel there; others take the next one.
+struct HeadDims {
+  int of_query, of_value;
+};
+constexpr HeadDims kHeadDimsSm90[] = {{64, 64},   {96, 96},   {128, 128},
+                                      {192, 128}, {192, 192}, {256, 256}};
+
+constexpr ForwardTileSm90 forward_tile_sm90(HeadDims head_dims, bool has_terms) {
+  // Scores, the weights of the tile before and out take 3/4 keys + 1/2 of_value registers of the
+  // 240 that two warpgroups have each, or of the 160 of three. Beyond two thirds of them the
+  // compiler waits for the products before it computes the softmax that they should hide. What the
+  // terms of scores need is taken from the keys. Softmax takes as long as the products at head_dim
+  // 64: a third group evens it out.
+  if (head_dims.of_query == 64) return {3, has_terms ? 48 : 96, 2, true};
+  if (head_dims.of_query <= 128) return {2, has_terms ? 80 : 128, 2, true};
+  // 227 KB hold the queries and two tiles each of keys and values. Products are long enough here
+  // to hide softmax without turns.
+  if (head_dims.of_value == 128) return {2, has_terms ? 80 : 128, 2, false};
+  if (head_dims.of_value == 192) return {2, has_terms ? 64 : 80, 2, false};
+  return {2, has_terms ? 32 : 64, 2, false};
+}
+
 // Parts of the keys that run in parallel, where the tiles of queries do not fill the machine: as
 // many as do, but each of at least four tiles of keys, which its start and the merge are worth.
 inline int forward_splits(int64_t blocks, int64_t key_tiles, int multiprocessors) {

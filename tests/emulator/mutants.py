@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # What the machine does, and the host's side of a launch.
-LEFT_ALONE = ("ptx.cuh", "device.cuh")
+LEFT_ALONE = ("ptx.cuh", "ptx_sm90.cuh", "device.cuh")
 
 # Statements that are left out: calls of these functions.
 LEFT_OUT = {
-    "barrier": r"ptx::sync_(?:block|warp)",
-    "wait": r"ptx::cp_async_wait<[^()]*>",
-    "commit": r"ptx::cp_async_commit",
+    "barrier": r"ptx::(?:sync_(?:block|warp|named)|arrive_named|mbarrier_(?!init)\w+)",
+    "wait": r"ptx::(?:cp_async|bulk|wgmma)_wait(?:_read)?<[^()]*>",
+    "commit": r"ptx::(?:cp_async|bulk|wgmma)_commit",
+    "fence": r"ptx::(?:fence_async_proxy|wgmma_fence)",
     # Whatever hides keys or shapes scores and weights.
     "mask": r"(?:\w+\.)?(?:mask\w*|hide\w*|apply_\w+|add_(?:terms|bias|alibi)|drop|scale_columns"
     r"|through_softcap|keep_survivors|spread_nonfinite|rescale)",
@@ -123,8 +124,8 @@ def edits_of(code: str) -> Iterator[Edit]:
         for begin, end in statements(code, name):
             yield replace(kind, code, begin, end, "void()")
             if kind == "wait":
-                pending = code[code.index("<", begin) + 1 : code.rindex(">", begin, end)]
-                yield replace(kind, code, begin, end, f"ptx::cp_async_wait<{pending} + 1>()")
+                wait, pending = code[begin : code.rindex(">", begin, end)].split("<", 1)
+                yield replace(kind, code, begin, end, f"{wait}<{pending} + 1>()")
     for found in re.finditer(r"\bptx::(sync_block_or|any_in_warp)\(", code):
         end = closing(code, found.end() - 1)
         own = code[found.end() - 1 : end]

@@ -31,7 +31,7 @@ RULES = [
     Rule(
         "asm",
         re.compile(r"\b(asm|__asm__|__asm)\b"),
-        ("csrc/cuda/ptx.cuh", "csrc/cpu/tile_amx.h"),
+        ("csrc/cuda/ptx.cuh", "csrc/cuda/ptx_sm90.cuh", "csrc/cpu/tile_amx.h"),
     ),
     Rule(
         "a SIMD intrinsic",

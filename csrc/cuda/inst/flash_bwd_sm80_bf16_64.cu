@@ -5,6 +5,7 @@ namespace fastattn::cuda {
 template cudaError_t launch_flash_bwd_dkdv_sm80<bf16, 64>(BackwardParams, cudaStream_t);
 template cudaError_t launch_flash_bwd_dq_sm80<bf16, 64>(BackwardParams, cudaStream_t);
 template cudaError_t launch_flash_bwd_dkdvdq_sm80<bf16, 64>(BackwardParams, cudaStream_t);
+template cudaError_t launch_flash_bwd_convert_dq<bf16, 64>(BackwardParams, cudaStream_t);
 template size_t dkdvdq_shared_bytes<bf16, 64>(bool);
 template cudaError_t launch_flash_bwd_dbias_sm80<bf16, 64>(BackwardParams, cudaStream_t);
 

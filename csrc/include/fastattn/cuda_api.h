@@ -32,6 +32,8 @@ Status attention_backward(const AttentionGradParams& params, void* workspace, co
 struct ForwardChoice {
   const char* schedule;
   int32_t queries, keys, heads, parts;
+  const char* kernel;        // "sm80" or "sm90", what it is written for
+  const char* why_not_sm90;  // nullptr where it is
 };
 ForwardChoice attention_choice(const AttentionParams& params, const Place& place);
 

@@ -5,7 +5,13 @@
 #include <map>
 #include <string>
 #include <tuple>
+#include <unordered_set>
 
+#include "launch.h"
+#include "mbarriers.h"
+#include "named_barriers.h"
+#include "products.h"
+#include "register_pool.h"
 #include "shared_memory.h"
 
 uint3 threadIdx, blockIdx;
@@ -81,10 +87,14 @@ void Block::release(Warp& warp) {
 }
 
 void Block::release_all() {
-  block_time_ = ++clock_;
+  settled_time_ = ++clock_;
+  for (Group& group : groups_) group.has_learnt = true;
   for (int w = 0; w < warp_count_; ++w) {
     warps_[w].time = clock_;
     release(warps_[w]);
+    if (!warps_[w].has_learnt) continue;
+    warps_[w].has_learnt = warps_[w].is_uneven = false;
+    for (int lane = 0; lane < kLanes; ++lane) warps_[w].threads[lane].beyond->known.forget();
   }
   shuffle_warps();
 }
@@ -94,9 +104,32 @@ void Block::shuffle_warps() {
   warp_ = &warps_[warp_order_[0]];
 }
 
+void Block::shuffle_warps_sometimes() {
+  if (random_->next() % 8 < restlessness_) shuffle_warps();
+}
+
+void Block::stop(const Operation& operation, const Where& where) {
+  current_->operation = &operation;
+  current_->where = where;
+  let_others_run();
+}
+
+void Block::wake(Thread& thread) {
+  uint32_t position = 0;
+  while (thread.warp->order[position] != static_cast<uint32_t>(thread.lane)) ++position;
+  thread.warp->ready |= 1u << position;
+}
+
+void Block::make_way() {
+  if (random_->next() % 8 >= restlessness_) return;
+  wake(*current_);
+  shuffle_warps();
+  let_others_run();
+}
+
 // ---- Meeting ------------------------------------------------------------------------------------
 
-void Block::join_warp(const Operation& operation, void* operands, const Where& where) {
+bool Block::arrive_in_warp(const Operation& operation, void* operands, const Where& where) {
   Thread& self = *current_;
   Warp& warp = *self.warp;
   if (warp.exited != 0) [[unlikely]] {
@@ -105,12 +138,47 @@ void Block::join_warp(const Operation& operation, void* operands, const Where& w
   }
   arrive(warp.meeting, self, "warp", operation, where);
   warp.operands[self.lane] = operands;
-  if (warp.meeting.arrived == kLanes) {
+  if (warp.meeting.arrived < kLanes) return false;
+  warp.meeting.arrived = 0;
+  return true;
+}
+
+void Block::join_warp(const Operation& operation, void* operands, const Where& where) {
+  if (arrive_in_warp(operation, operands, where)) {
+    Warp& warp = *current_->warp;
     if (operation.run != nullptr) operation.run(warp.operands);
-    if (operation.orders_memory) warp.time = ++clock_;
-    warp.meeting.arrived = 0;
+    if (operation.orders_memory) {
+      warp.time = ++clock_;
+      groups_[warp.number * kLanes / kGroupThreads].has_learnt = true;
+      if (warp.is_uneven) share_knowledge(warp);
+    }
     release(warp);
-    if (random_->next() % 8 < restlessness_) shuffle_warps();
+    shuffle_warps_sometimes();
+  }
+  let_others_run();
+}
+
+void Block::join_group(const Operation& operation, void* operands, const Where& where) {
+  use_order();
+  Thread& self = *current_;
+  const int number = self.number / kGroupThreads, first_warp = number * kGroupThreads / kLanes;
+  if ((number + 1) * kGroupThreads > thread_count_) {
+    fail(where, "%s, but warpgroup %d has %d threads alone", operation.name, number,
+         thread_count_ - number * kGroupThreads);
+  }
+  for (Warp* warp = &warps_[first_warp]; warp < &warps_[first_warp] + 4; ++warp) {
+    if (warp->exited == 0) continue;
+    fail(where, "divergence: %s, but lane %d of warp %d has ended", operation.name,
+         std::countr_zero(warp->exited), warp->number);
+  }
+  Group& group = groups_[number];
+  arrive(group.meeting, self, "warpgroup", operation, where);
+  group.operands[self.number % kGroupThreads] = operands;
+  if (group.meeting.arrived == kGroupThreads) {
+    group.meeting.arrived = 0;
+    operation.run(group.operands);
+    for (int w = 0; w < 4; ++w) release(warps_[first_warp + w]);
+    shuffle_warps_sometimes();
   }
   let_others_run();
 }
@@ -136,18 +204,33 @@ void Block::leave_thread() {
   Thread& self = *current_;
   Warp& warp = *self.warp;
   self.copies.end_thread();
+  if (has_order_) {
+    self.beyond->stores.end_thread();
+    products_of(self).end_thread();
+  }
   self.operation = &kExit;
   warp.exited |= 1u << self.lane;
   ++exited_;
-  if (warp.meeting.arrived > 0) [[unlikely]] {
-    fail(warp.meeting.where, "divergence: %s, but lane %d of warp %d has ended",
-         warp.meeting.operation->name, self.lane, warp.number);
+  check_nobody_waits_for(self);
+  if (exited_ == thread_count_ && has_order_) {
+    mbarriers.end_block();
+    named_barriers.end_block();
+  }
+  let_others_run();
+}
+
+void Block::check_nobody_waits_for(Thread& thread) {
+  const Warp& warp = *thread.warp;
+  const Rendezvous& group = groups_[thread.number / kGroupThreads].meeting;
+  for (const Rendezvous* meeting : {&warp.meeting, &group}) {
+    if (meeting->arrived == 0) continue;
+    fail(meeting->where, "divergence: %s, but lane %d of warp %d has ended",
+         meeting->operation->name, thread.lane, warp.number);
   }
   if (meeting_.arrived > 0) [[unlikely]] {
     fail(meeting_.where, "deadlock: thread %d waits at %s, but this thread has ended",
          meeting_.first, meeting_.operation->name);
   }
-  let_others_run();
 }
 
 void Block::fail_deadlocked() {
@@ -167,7 +250,89 @@ void Block::fail_deadlocked() {
             std::get<0>(place) + " (" + std::get<1>(place) + ":" +
             std::to_string(std::get<2>(place)) + ")";
   }
+  if (has_order_) mbarriers.describe_waiting(text);
   fail(current_->where, "deadlock: %s", text.c_str());
+}
+
+// ---- Order --------------------------------------------------------------------------------------
+
+namespace {
+
+std::unordered_set<const void*>& kernels_with_order() {
+  static std::unordered_set<const void*> kernels;
+  return kernels;
+}
+
+}  // namespace
+
+void Block::begin_order() {
+  for (int t = 0; t < thread_count_; ++t) {
+    beyond_[t].known.forget();
+    beyond_[t].fences.clear();
+    beyond_[t].stores.clear();
+  }
+  mbarriers.begin_block();
+  named_barriers.begin_block();
+  begin_products();
+  register_pool.begin_block(thread_count_);
+}
+
+// NOTE: of reads by several threads before that nobody knows which they were: they count as
+// ordered.
+void Block::use_order() {
+  if (has_order_) return;
+  if (running_arch() < 90) {
+    fail(current_->where, "an instruction of sm_90a on a device of sm_%d", running_arch());
+  }
+  kernels_with_order().insert(call_->kernel);
+  has_order_ = true;
+  settled_time_ = ++clock_;
+  begin_order();
+}
+
+void Block::publish(const Thread& thread, Knowledge& to) {
+  to.learn(thread.beyond->known);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    to.learn(static_cast<Actor>(thread.warp->threads[lane].number), thread.warp->time);
+  }
+  to.learn(static_cast<Actor>(thread.number), ++clock_);
+}
+
+void Block::learn(Thread& thread, const Knowledge& from) {
+  thread.beyond->known.learn(from);
+  groups_[thread.number / kGroupThreads].has_learnt = true;
+  thread.warp->has_learnt = thread.warp->is_uneven = true;
+}
+
+void Block::share_knowledge(Warp& warp) {
+  static Knowledge all;
+  all.forget();
+  for (int lane = 0; lane < kLanes; ++lane) all.learn(warp.threads[lane].beyond->known);
+  for (int lane = 0; lane < kLanes; ++lane) warp.threads[lane].beyond->known.learn(all);
+  warp.is_uneven = false;
+}
+
+void Block::find_common(Knowledge& common) {
+  static Knowledge of_warp;
+  const int first_warp = current_->number / kGroupThreads * (kGroupThreads / kLanes);
+  groups_[current_->number / kGroupThreads].has_learnt = false;
+  common.forget();
+  for (int w = 0; w < kGroupThreads / kLanes; ++w) {
+    const Warp& warp = warps_[first_warp + w];
+    of_warp.forget();
+    of_warp.learn(warp.threads[0].beyond->known);
+    for (int lane = 1; lane < kLanes; ++lane) {
+      of_warp.keep_common(warp.threads[lane].beyond->known);
+    }
+    for (int lane = 0; lane < kLanes; ++lane) {
+      of_warp.learn(static_cast<Actor>(warp.threads[lane].number), warp.time);
+    }
+    if (w == 0) {
+      common.learn(of_warp);
+    } else {
+      common.keep_common(of_warp);
+    }
+  }
 }
 
 // ---- A block ------------------------------------------------------------------------------------
@@ -190,6 +355,7 @@ void Block::begin(uint3 index, uint3 shape, Random& random) {
     thread.lane = t % kLanes;
     thread.warp = &warps_[t / kLanes];
     thread.where = {};
+    thread.beyond = &beyond_[t];
     if (t >= prepared_) {
       thread.copies.clear();
       thread.fiber.prepare(thread_main);
@@ -202,7 +368,12 @@ void Block::begin(uint3 index, uint3 shape, Random& random) {
     warp.threads = &threads_[w * kLanes];
     warp.exited = 0;
     warp.meeting.arrived = 0;
+    warp.has_learnt = warp.is_uneven = false;
   }
+  for (Group& group : groups_) group.meeting.arrived = 0;
+  first_time_ = ++clock_;
+  has_order_ = kernels_with_order().contains(call_->kernel);
+  if (has_order_) begin_order();
   release_all();
 }
 

@@ -1,5 +1,5 @@
 // In place of CUDA's header of this name: as much of the language and of the runtime as csrc/cuda
-// uses, for one device that is this process's CPU and memory.
+// uses, for devices that are this process's CPU and memory.
 #pragma once
 
 #include <math.h>
@@ -134,6 +134,12 @@ enum cudaError_t {
   cudaErrorNotSupported = 801
 };
 
+enum cudaDriverEntryPointQueryResult {
+  cudaDriverEntryPointSuccess = 0,
+  cudaDriverEntryPointSymbolNotFound = 1
+};
+constexpr unsigned long long cudaEnableDefault = 0;
+
 enum cudaMemcpyKind {
   cudaMemcpyHostToHost,
   cudaMemcpyHostToDevice,
@@ -191,6 +197,11 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
                             cudaStream_t stream = nullptr);
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+
+// Finds what cuda.h declares.
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned version,
+                                             unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* result);
 
 template <typename T>
 inline cudaError_t cudaMalloc(T** pointer, size_t bytes) {

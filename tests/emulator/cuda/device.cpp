@@ -1,7 +1,8 @@
-// The runtime around launches: one device like an A100, but with few multiprocessors, so that
-// splitting work over them has something to do.
+// The runtime around launches: devices like an A100 and an H100, but with few multiprocessors, so
+// that splitting work over them has something to do.
 #include "device.h"
 
+#include <cuda.h>
 #include <cuda_runtime.h>
 #include <stdlib.h>
 
@@ -18,10 +19,23 @@ namespace {
 constexpr int kMultiprocessors = 4;
 constexpr size_t kSharedBytesUnasked = 48 << 10;
 
+constexpr Device kDevices[] = {
+    {8, 0, 163 << 10, 164 << 10, 40 << 20},
+    {9, 0, 227 << 10, 228 << 10, 50 << 20},
+};
+constexpr int kDeviceCount = sizeof(kDevices) / sizeof(kDevices[0]);
+static_assert(kDevices[kDeviceCount - 1].block_shared_bytes <= kMaxSharedBytes);
+
+thread_local int device_number = 0;
+
 std::mutex attributes_turn;
 std::unordered_map<const void*, size_t> shared_bytes_of;
 
 }  // namespace
+
+const Device& current_device() {
+  return kDevices[device_number];
+}
 
 size_t allowed_shared_bytes(const void* kernel) {
   const std::lock_guard lock(attributes_turn);
@@ -35,8 +49,9 @@ using namespace fastattn::emulator;
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
-  if (value < 0 || static_cast<size_t>(value) > kMaxSharedBytes) {
-    record_failure("%d bytes of shared memory: a block has at most %zu", value, kMaxSharedBytes);
+  const size_t most = current_device().block_shared_bytes;
+  if (value < 0 || static_cast<size_t>(value) > most) {
+    record_failure("%d bytes of shared memory: a block has at most %zu", value, most);
     return cudaErrorInvalidValue;
   }
   const std::lock_guard lock(attributes_turn);
@@ -64,29 +79,36 @@ cudaError_t cudaPeekAtLastError() {
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = kDeviceCount;
   return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = device_number;
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) {
-  return device == 0 ? cudaSuccess : cudaErrorInvalidDevice;
+  if (device < 0 || device >= kDeviceCount) return cudaErrorInvalidDevice;
+  device_number = device;
+  return cudaSuccess;
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
-  if (device != 0) return cudaErrorInvalidDevice;
+  if (device < 0 || device >= kDeviceCount) return cudaErrorInvalidDevice;
+  const Device& asked = kDevices[device];
   switch (attribute) {
     case cudaDevAttrMaxThreadsPerBlock: *value = 1024; break;
     case cudaDevAttrMaxSharedMemoryPerBlock: *value = kSharedBytesUnasked; break;
     case cudaDevAttrMultiProcessorCount: *value = kMultiprocessors; break;
-    case cudaDevAttrL2CacheSize: *value = 40 << 20; break;
+    case cudaDevAttrL2CacheSize: *value = asked.cache_bytes; break;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; break;
-    case cudaDevAttrComputeCapabilityMajor: *value = 8; break;
-    case cudaDevAttrComputeCapabilityMinor: *value = 0; break;
-    case cudaDevAttrMaxSharedMemoryPerMultiprocessor: *value = 164 << 10; break;
-    case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = kMaxSharedBytes; break;
+    case cudaDevAttrComputeCapabilityMajor: *value = asked.major; break;
+    case cudaDevAttrComputeCapabilityMinor: *value = asked.minor; break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = static_cast<int>(asked.shared_bytes);
+      break;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(asked.block_shared_bytes);
+      break;
     case cudaDevAttrReservedSharedMemoryPerBlock: *value = 1 << 10; break;
     default: return cudaErrorInvalidValue;
   }
@@ -116,5 +138,14 @@ cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind,
                             cudaStream_t) {
   memmove(to, from, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** function, unsigned,
+                                             unsigned long long,
+                                             cudaDriverEntryPointQueryResult* result) {
+  const bool is_known = strcmp(name, "cuTensorMapEncodeTiled") == 0;
+  *function = is_known ? reinterpret_cast<void*>(&cuTensorMapEncodeTiled) : nullptr;
+  *result = is_known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }

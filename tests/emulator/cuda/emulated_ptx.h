@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "block.h"
+#include "launch.h"
 #include "matrices.h"
 #include "shared_memory.h"
 
@@ -16,7 +17,7 @@ namespace fastattn::cuda::ptx {
 using emulator::Operation, emulator::Where;
 
 inline uint32_t compiled_arch() {
-  return 800;
+  return 10 * static_cast<uint32_t>(emulator::running_arch());
 }
 
 inline int lane_id() {

@@ -13,7 +13,7 @@
 namespace fastattn::emulator {
 namespace {
 
-thread_local char last_text[2048];
+thread_local char last_text[4096];
 
 int write_name(char* text, size_t size) {
   return snprintf(text, size, "%s, block (%u, %u, %u), thread %d",
@@ -29,7 +29,7 @@ const char* last_error() {
 
 // NOTE: the stack that this runs on is left for good, so nothing on it may own anything.
 void fail(const Where& where, const char* format, ...) {
-  static char what[1024], who[512];
+  static char what[2048], who[512];
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(what, sizeof(what), format, arguments);

@@ -18,6 +18,7 @@ namespace {
 std::mutex turn;
 std::atomic<uint64_t> launch_count = 0;
 const void* kernel = nullptr;
+int arch = 0;
 
 uint64_t seed_of_environment() {
   const char* text = getenv("FASTATTN_EMULATOR_SEED");
@@ -84,11 +85,16 @@ const void* running_kernel() {
   return kernel;
 }
 
+int running_arch() {
+  return arch;
+}
+
 cudaError_t launch(const cudaLaunchConfig_t& config, const Call& call) {
   const std::lock_guard lock(turn);
   if (const cudaError_t error = check(config, call.kernel); error != cudaSuccess) return error;
   ++launch_count;
   kernel = call.kernel;
+  arch = 10 * current_device().major + current_device().minor;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   if (block.now() > 1u << 31) {  // before it runs over

@@ -23,8 +23,10 @@ cudaError_t run(void (*kernel)(Params...), const std::type_identity_t<Params>&..
 }
 
 void run_wrong_kernels();
+void run_wrong_sm90_kernels();
 // Ends the process by a stack "overflow", or by a write to "null".
 void run_fault(const char* which);
 void run_right_kernels();
+void run_right_sm90_kernels();
 
 }  // namespace fastattn::self_test

@@ -27,6 +27,8 @@ int main(int count, char** arguments) {
   if (count == 2) self_test::run_fault(arguments[1]);
   self_test::report_probe();
   self_test::run_wrong_kernels();
+  self_test::run_wrong_sm90_kernels();
   self_test::run_right_kernels();
+  self_test::run_right_sm90_kernels();
   printf("launches: %llu\n", static_cast<unsigned long long>(emulator::launches()));
 }

@@ -1,0 +1,23 @@
+// What TMA is told of the tensors of attention.
+#pragma once
+
+#include "layouts.h"
+#include "tensor_map.h"
+
+namespace fastattn::cuda {
+
+// Whether TMA can read a tensor shaped like the queries, or like the keys: rows begin at multiples
+// of 16 bytes, and it does not repeat in memory.
+bool takes_queries(const AttentionParams& params, const ConstTensor& tensor, int64_t columns);
+bool takes_keys(const AttentionParams& params, const ConstTensor& tensor, int64_t columns);
+
+// Of dimensions (column, head, row, batch1, batch0); packed rows have one batch. A box is 64
+// columns of so many rows, which are queries times `pack` heads.
+cudaError_t encode_queries(TensorMap* map, const AttentionParams& params, const ConstTensor& tensor,
+                           int64_t columns, int pack, int rows);
+
+// Of dimensions (column, row, head, batch1, batch0).
+cudaError_t encode_keys(TensorMap* map, const AttentionParams& params, const ConstTensor& tensor,
+                        int64_t columns, int rows);
+
+}  // namespace fastattn::cuda

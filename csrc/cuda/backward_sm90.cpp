@@ -1,0 +1,78 @@
+// The backward kernel of Hopper on the host: what it takes, and where TMA finds it.
+#include "backward_sm90.h"
+
+#include "attention_maps.h"
+
+namespace fastattn::cuda {
+namespace {
+
+#ifdef FASTATTN_WITH_SM90
+constexpr bool kIsBuilt = true;
+#else
+constexpr bool kIsBuilt = false;
+#endif
+
+// The head_dim of the kernel that takes these.
+int kernel_head_dim(const AttentionParams& p) {
+  const int64_t widest = max_of(p.head_dim, p.head_dim_v);
+  return widest <= 64 ? 64 : widest <= 96 ? 96 : 128;
+}
+
+#ifdef FASTATTN_WITH_SM90
+
+template <typename T>
+cudaError_t launch(const BackwardParamsSm90& params, cudaStream_t stream) {
+  switch (kernel_head_dim(params.base.gradient.forward)) {
+    case 64: return launch_flash_bwd_sm90<T, 64>(params, stream);
+    case 96: return launch_flash_bwd_sm90<T, 96>(params, stream);
+    default: return launch_flash_bwd_sm90<T, 128>(params, stream);
+  }
+}
+
+cudaError_t encode_maps(BackwardParamsSm90* params, int queries) {
+  const AttentionGradParams& g = params->base.gradient;
+  const AttentionParams& p = g.forward;
+  cudaError_t error = encode_queries(&params->query_map, p, p.query, p.head_dim, 1, queries);
+  if (error == cudaSuccess) {
+    error = encode_queries(&params->dout_map, p, g.dout, p.head_dim_v, 1, queries);
+  }
+  if (error == cudaSuccess) {
+    error = encode_keys(&params->key_map, p, p.key, p.head_dim, kBackwardKeysSm90);
+  }
+  if (error == cudaSuccess) {
+    error = encode_keys(&params->value_map, p, p.value, p.head_dim_v, kBackwardKeysSm90);
+  }
+  return error;
+}
+
+#endif
+
+}  // namespace
+
+bool takes_backward_sm90(const AttentionGradParams& g, const DeviceLimits& limits) {
+  const AttentionParams& p = g.forward;
+  if (!kIsBuilt || limits.arch != 90 || p.dtype == DType::kFloat32) return false;
+  if (g.deterministic || p.batch_invariant || has_terms(p)) return false;
+  if (g.dquery.data == nullptr || g.dkey.data == nullptr) return false;
+  if (max_of(p.head_dim, p.head_dim_v) > kMaxHeadDimBackwardSm90) return false;
+  if (p.seqlen_q == 0 || p.seqlen_k == 0) return false;
+  return takes_queries(p, p.query, p.head_dim) && takes_queries(p, g.dout, p.head_dim_v) &&
+         takes_keys(p, p.key, p.head_dim) && takes_keys(p, p.value, p.head_dim_v);
+}
+
+cudaError_t run_flash_bwd_sm90([[maybe_unused]] BackwardParams params,
+                               [[maybe_unused]] cudaStream_t stream) {
+#ifdef FASTATTN_WITH_SM90
+  const AttentionParams& p = params.gradient.forward;
+  BackwardParamsSm90 all = {};
+  all.base = params;
+  all.base.tiles = static_cast<int32_t>(ceil_div(p.seqlen_k, kBackwardKeysSm90));
+  const cudaError_t error = encode_maps(&all, backward_tile_sm90(kernel_head_dim(p)).queries);
+  if (error != cudaSuccess) return error;
+  return p.dtype == DType::kBFloat16 ? launch<bf16>(all, stream) : launch<f16>(all, stream);
+#else
+  return cudaErrorNoKernelImageForDevice;
+#endif
+}
+
+}  // namespace fastattn::cuda

@@ -1,0 +1,30 @@
+// The backward kernel of Hopper, as the host calls it.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "backward_params.h"
+#include "backward_tiles.h"
+#include "device.cuh"
+#include "tensor_map.h"
+
+namespace fastattn::cuda {
+
+struct BackwardParamsSm90 {
+  BackwardParams base;
+  // (column, head, row, batch1, batch0) of queries and dout; (column, row, head, batch1, batch0) of
+  // keys and values.
+  TensorMap query_map, dout_map, key_map, value_map;
+};
+
+// Whether the kernel for dK, dV and dQ takes a problem. Its sums of dQ have no fixed order.
+bool takes_backward_sm90(const AttentionGradParams& gradient, const DeviceLimits& limits);
+
+// dK, dV and, into zeroed dquery_sums, dQ; `params` without `tiles`.
+cudaError_t run_flash_bwd_sm90(BackwardParams params, cudaStream_t stream);
+
+// kHeadDim: 64, 96, 128; `params` whole.
+template <typename T, int kHeadDim>
+cudaError_t launch_flash_bwd_sm90(const BackwardParamsSm90& params, cudaStream_t stream);
+
+}  // namespace fastattn::cuda
