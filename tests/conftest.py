@@ -1,7 +1,7 @@
 """Every test that takes ``level`` runs once on every level, or says why it cannot.
 
-Levels are those of the CPU and, in the files that cuda_tests.py names, those of CUDA: "sm80" and "sm90"
-are emulated GPUs, in a build that has them (FASTATTN_CUDA=emulate), and "cuda" a real one.
+Levels are those of the CPU and, in the files that cuda_tests.py names, those of CUDA: "sm80" and
+"sm90" are emulated GPUs, in a build that has them (FASTATTN_CUDA=emulate), and "cuda" a real one.
 FASTATTN_CPU_ISA chooses one of all but the last.
 """
 
@@ -13,6 +13,7 @@ import torch
 from cuda_tests import run_at
 
 from fastattn import _C
+from fastattn.support import cuda_level
 from fastattn.testing import running_on
 
 
@@ -46,6 +47,16 @@ def pytest_collection_modifyitems(items):
 def level(request):
     with running_on(request.param):
         yield request.param
+
+
+@pytest.fixture
+def cuda():
+    """The level of CUDA that there is, in use."""
+    level = cuda_level()
+    if level is None:
+        pytest.skip("no GPU, nor an emulated one")
+    with running_on(level):
+        yield level
 
 
 @pytest.fixture

@@ -6,7 +6,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 ATTENTION = "test_attention_*.py"
-PATTERNS = (ATTENTION, "test_norm*.py", "test_nn_norm.py")
+PATTERNS = (
+    *(ATTENTION, "test_norm*.py", "test_nn_norm.py"),
+    *("test_activation*.py", "test_rope.py", "test_rope_cuda.py"),
+)
 
 
 def run_at(level: str, path: Path) -> bool:

@@ -8,33 +8,20 @@ import re
 
 import pytest
 import torch
+from cuda_cases import captured, emulated, gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
 import fastattn.functional as fa
 from fastattn import _C
 from fastattn._ops.errors import user_error
-from fastattn.support import cuda_level
 from fastattn.testing import (
     DTYPES,
     attention_inputs,
     attention_results,
     check_attention,
     randn,
-    running_on,
 )
-
-gpu = pytest.mark.skipif(cuda_level() != "cuda", reason="no GPU, or a build without CUDA")
-emulated = pytest.mark.skipif(not _C.emulated_levels, reason="a build without an emulated GPU")
-
-
-@pytest.fixture
-def cuda():
-    level = cuda_level()
-    if level is None:
-        pytest.skip("no GPU, nor an emulated one")
-    with running_on(level):
-        yield level
 
 
 @emulated
@@ -164,15 +151,7 @@ def test_a_graph_captures_both_passes_and_repeats_them(cuda):
         packed = fa.attention_varlen(*(x[0].transpose(0, 1) for x in leaves), bounds, bounds)
         return out, packed, *torch.autograd.grad(out, leaves, dout)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    graph.replay()
+    results = captured(step)
     again = fa.attention_varlen(*(x[0].transpose(0, 1) for x in leaves), bounds, bounds)
     torch.testing.assert_close(results[1], again)
     assert all(x.isfinite().all() for x in results)

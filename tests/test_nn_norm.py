@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from attention_options import is_on_cuda, skip_on_gpu
+from attention_options import is_on_cuda
 from module_cases import check_module, same_parameters
 
 import fastattn.functional as fa
@@ -61,8 +61,6 @@ def test_outputs_and_gradients_are_those_of_torch(level, name):
     axes = AXES[name]
     if is_on_cuda(level):
         axes = axes | {"dtype": [x for x in axes["dtype"] if x != torch.float64]}
-    if name == "GELU":
-        skip_on_gpu("gelu has no kernel there")
     for number, case in enumerate(covering_sample(axes, 200, 0, fits)):
         ours, theirs = same_parameters(
             getattr(nn, name), getattr(torch.nn, name), **options_of(case)

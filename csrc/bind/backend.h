@@ -43,12 +43,10 @@ int emulated_device();
 void set_emulated_device(int device);
 #endif
 
-// Throws unless the backend has kernels for this dtype, that of `tensor`.
-void require_kernels(const Backend& backend, const char* argument, const Tensor& tensor,
-                     DType dtype);
+// Throws unless the backend has kernels for the dtype of a tensor.
+void require_kernels_of_dtype(const Backend& backend, const char* argument, const Tensor& tensor);
 
-// Throws unless the backend has attention kernels for this dtype and these head dims. `value` may
-// be null.
+// Throws unless the backend has kernels for this dtype and these head dims. `value` may be null.
 void require_kernels(const Backend& backend, const AttentionParams& params, const Tensor& query,
                      const char* value_argument, const Tensor* value);
 

@@ -66,7 +66,7 @@ NormParams make_params(const Backend& backend, const RowProblem& rows, const Ten
   }
   p.kind = static_cast<NormKind>(options.kind);
   p.dtype = require_float("input", input);
-  require_kernels(backend, "input", input, p.dtype);
+  require_kernels_of_dtype(backend, "input", input);
   p.weight = parameter(rows, input, "weight", options.weight, &p.weight_dtype);
   p.bias = parameter(rows, input, "bias", options.bias, &p.bias_dtype);
   p.out_dtype = promoted_out_dtype(p);

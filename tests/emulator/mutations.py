@@ -3,9 +3,9 @@
     python tests/emulator/mutations.py [--list] [--only FILE...] [--sample N] [--jobs N]
 
 Of csrc/cuda one thing at a time is changed: a barrier, a wait, a commit or a mask call is left out,
-a guard, a sign or a maximum is wrong (mutants.py finds them). Tests on the emulated GPU
-run on each of these mutants, in two orders of threads, until one of them fails; a mutant that
-none of them notices has survived.
+a guard, a sign or a maximum is wrong (mutants.py finds them). Tests on the emulated GPU run on each
+of these mutants, in two orders of threads, until one of them fails; a mutant that none of them
+notices has survived.
 
 All mutants are compiled at once, each behind a switch, into an emulated build of their own in
 build/mutations. There the tests run with all switches off first: they must pass, and it shows which
@@ -61,6 +61,10 @@ TESTS = [
     "norm_cuda.py::test_results_do_not_depend_on_the_order_of_threads",
     "norm_cuda.py::test_rows_of_all_tiles",
     "norm_ecosystem.py::test_dropout_keeps_the_accuracy_contract",
+    "activation.py::test_any_strides",
+    "activation_cuda.py",
+    "rope.py::test_any_combination",
+    "rope_cuda.py",
 ]
 WITHOUT = "torch.float16 or 4099"
 
