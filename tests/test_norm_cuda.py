@@ -4,24 +4,12 @@ nothing waits. On an emulated GPU as far as that goes (FASTATTN_CUDA=emulate).""
 import pytest
 import torch
 from attention_options import skip_on_gpu
+from cuda_cases import emulated, gpu
 from norm_cases import NORMS, call, check_norm, cotangents, norm_inputs, results
 
 import fastattn.functional as fa
 from fastattn import _C
-from fastattn.support import cuda_level
-from fastattn.testing import DTYPES, randn, running_on
-
-gpu = pytest.mark.skipif(cuda_level() != "cuda", reason="no GPU, or a build without CUDA")
-emulated = pytest.mark.skipif(not _C.emulates_cuda, reason="a build without an emulated GPU")
-
-
-@pytest.fixture
-def cuda():
-    level = cuda_level()
-    if level is None:
-        pytest.skip("no GPU, nor an emulated one")
-    with running_on(level):
-        yield level
+from fastattn.testing import DTYPES, randn
 
 
 @emulated
