@@ -2,8 +2,8 @@
 
     build       with FASTATTN_CUDA=1, in place
     probe       what runs here, and a kernel that says so
-    tests       those of attention, on the GPU
-    memcheck    compute-sanitizer over every kind of attention, on small shapes
+    tests       those of what has CUDA kernels, on the GPU
+    memcheck    compute-sanitizer over every kind of attention and the norms, on small shapes
     racecheck   the same, for races in shared memory
     bench       the benchmarks of the GPU, into benchmarks/results/<device>/
                 (FULL=1: the whole grid, for up to an hour)
@@ -83,7 +83,8 @@ class Outcome:
 
 def stages() -> list[Stage]:
     python, here = sys.executable, {"PYTHONPATH": str(ROOT)}
-    tests = sorted(map(str, ROOT.glob("tests/test_attention_*.py")))
+    listing = [python, str(ROOT / "tests" / "cuda_tests.py"), "cuda"]
+    tests = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()
     bench = 3600 if os.environ.get("FULL", "0") not in ("", "0") else 160
     return [
         Stage(

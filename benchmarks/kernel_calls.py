@@ -1,4 +1,4 @@
-"""Every kind of attention once, on small shapes: what compute-sanitizer watches.
+"""Every kind of call that has kernels, once, on small shapes: what compute-sanitizer watches.
 
     compute-sanitizer --tool racecheck python benchmarks/kernel_calls.py --seconds=60
 
@@ -16,12 +16,26 @@ from functools import partial
 from typing import Any
 
 import torch
+from fastattn import functional
 from fastattn.functional import attention, attention_varlen, attention_with_cache
 from fastattn.testing import cotangents, randn
 from torch import Tensor
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DIFFERENTIABLE = ("query", "key", "value", "bias", "sink")
+
+# The inputs of each; odd and even rows, in few of which a block is whole.
+ACTIVATIONS: dict[str, tuple[tuple[int, ...], ...]] = {
+    "gelu": ((301, 77),),
+    "silu": ((2, 33, 520),),
+    "relu": ((9, 1),),
+    "bias_gelu": ((700, 88), (88,)),
+    "bias_silu": ((3, 5000), (5000,)),
+    "bias_relu": ((70, 3), (3,)),
+    "swiglu": ((65, 1376),),
+    "geglu": ((130, 40), (130, 40)),
+    "reglu": ((1, 7), (1, 7)),
+}
 
 Call = Callable[[str], tuple[Tensor, ...]]  # takes a device, returns all results
 
@@ -36,10 +50,18 @@ def calls() -> Iterator[tuple[str, Call]]:
         for dtype in DTYPES:
             shape = (1, 2, 1, 70, 133, head_dim)
             yield f"{dtype}, head_dim {head_dim}", partial(_trained, shape, dtype, causal=True)
+    for dtype in ("bf16", "fp32"):
+        for name, shapes in ACTIVATIONS.items():
+            yield f"{dtype}, {name}", partial(_elementwise, name, shapes, dtype)
+        for interleaved in (False, True):
+            how = "interleaved" if interleaved else "halves"
+            yield f"{dtype}, rope, {how}", partial(_rotated, dtype, interleaved)
     yield "deterministic", partial(_trained, (1, 4, 2, 200, 200, 64), deterministic=True)
     yield "packed", _packed
     yield "decode, int8", partial(_decoded, 1, dtype=torch.int8)
     yield "decode, several rows", partial(_decoded, 3, causal=True)
+    for name, norm in _norms().items():
+        yield name, norm
     for name, options in _options().items():
         yield name, partial(_trained, (2, 2, 2, 83, 97, 40), **options)
 
@@ -57,6 +79,31 @@ def _options() -> dict[str, dict[str, Any]]:
         "dropout": {"dropout_p": 0.2},
         "batch_invariant": {"batch_invariant": True},
     }
+
+
+def _norms() -> dict[str, Call]:
+    """Rows within a warp, of several warps, and such as no block holds."""
+    return {
+        "layer norm": partial(_normed, "add_layer_norm", (130, 40), dropout_p=0.2),
+        "layer norm, a row a block": partial(_normed, "add_layer_norm", (9, 1999)),
+        "layer norm, wide rows": partial(_normed, "add_layer_norm", (5, 16400), "fp32"),
+        "rms norm": partial(_normed, "add_rms_norm", (70, 1024), casting="llama"),
+        "rms norm, wide rows": partial(_normed, "add_rms_norm", (5, 33000), casting="gemma"),
+    }
+
+
+def _normed(
+    op: str, shape: tuple[int, int], dtype: str = "bf16", *, device: str, **options: Any
+) -> tuple[Tensor, ...]:
+    """Both results and all gradients."""
+    width, names = shape[1:], ("weight", "bias")[: 2 if op == "add_layer_norm" else 1]
+    rows = [randn(*shape, seed=i, dtype=DTYPES[dtype]) for i in range(4)]
+    drawn = {"input": rows[0], "residual": rows[1]}
+    drawn |= {n: randn(*width, seed=i, dtype=DTYPES[dtype]) for i, n in enumerate(names, 4)}
+    leaves = {n: x.requires_grad_() for n, x in _placed(drawn, device).items()}
+    outputs = getattr(functional, op)(**leaves, **options)
+    arrived = [x.to(device) for x in rows[2:]]
+    return *outputs, *torch.autograd.grad(outputs, list(leaves.values()), arrived)
 
 
 def _trained(
@@ -89,6 +136,33 @@ def _results(
     out, lse = function(**placed, return_lse=True)
     douts = [x.to(device) for x in cotangents(out.detach().cpu(), lse.detach().cpu(), seed=4)]
     return out, lse, *torch.autograd.grad((out, lse), leaves, douts)
+
+
+def _elementwise(
+    name: str, shapes: tuple[tuple[int, ...], ...], dtype: str, *, device: str
+) -> tuple[Tensor, ...]:
+    """An activation and its gradients."""
+    drawn = (randn(*shape, seed=i, dtype=DTYPES[dtype]) for i, shape in enumerate(shapes))
+    leaves = [x.to(device).requires_grad_() for x in drawn]
+    out = getattr(functional, name)(*leaves)
+    dout = randn(*out.shape, seed=4, dtype=DTYPES[dtype]).to(device)
+    return out, *torch.autograd.grad(out, leaves, dout)
+
+
+def _rotated(dtype: str, interleaved: bool, *, device: str) -> tuple[Tensor, ...]:
+    """Query and key, which are slices of a fused projection, and then a query in place."""
+    fused = randn(2, 37, 11, 72, seed=1, dtype=DTYPES[dtype])
+    positions = torch.randint(90, (2, 37), generator=torch.Generator().manual_seed(2))
+    options = _placed({"offset": torch.tensor([3, 9]), "positions": positions}, device)
+    cos, sin = (table.to(device) for table in functional.rope_tables(64, 100))
+    leaf = fused.to(device).requires_grad_()
+    outs = functional.apply_rope_qk(
+        leaf[:, :, :6], leaf[:, :, 6:8], cos, sin, interleaved=interleaved, layout="bshd", **options
+    )
+    (gradient,) = torch.autograd.grad(outs[0].sum() + outs[1].sum(), leaf)
+    with torch.no_grad():
+        written = functional.apply_rope_(leaf[:, :, 9], cos, sin, interleaved=interleaved)
+    return *outs, gradient, written
 
 
 def _decoded(

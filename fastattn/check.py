@@ -62,19 +62,19 @@ def _cases(level: str) -> Iterator[tuple[str, Case]]:
     }
     for name, (shape, options) in attentions.items():
         yield name, partial(_attention, shape, options)
-    if level == "cuda":  # all else has no kernels there
-        return
-    yield "cache", partial(_cache, False)
-    yield "cache, int8", partial(_cache, True)
     rows, row = (37, 131), (131,)
-    yield "layer_norm", partial(_function, "layer_norm", (rows, row, row), {}, ())
-    yield "rms_norm", partial(_function, "rms_norm", (rows, row), {}, ())
-    yield "add_rms_norm", partial(_function, "add_rms_norm", (rows, rows, row), {}, ())
     yield "gelu", partial(_function, "gelu", (rows,), {}, ())
     yield "bias_gelu", partial(_function, "bias_gelu", (rows, row), {"approximate": "tanh"}, ())
     yield "swiglu", partial(_function, "swiglu", (rows, rows), {}, ())
     tables = functional.rope_tables(24, 19)
     yield "rope", partial(_function, "apply_rope", ((2, 3, 19, 40),), {}, tables)
+    if level == "cuda":  # all else has no kernels there
+        return
+    yield "cache", partial(_cache, False)
+    yield "cache, int8", partial(_cache, True)
+    yield "layer_norm", partial(_function, "layer_norm", (rows, row, row), {}, ())
+    yield "rms_norm", partial(_function, "rms_norm", (rows, row), {}, ())
+    yield "add_rms_norm", partial(_function, "add_rms_norm", (rows, rows, row), {}, ())
 
 
 def _attention(shape: dict[str, Any], options: dict[str, Any], dtype: torch.dtype) -> float:

@@ -356,8 +356,8 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def running_on(level: str) -> Iterator[None]:
-    """Run the block on one CPU level; or on "sm80" or "sm90", the CUDA kernels of attention over
-    an emulated GPU (in a build that has it); or with tensors made on "cuda"."""
+    """Run the block on one CPU level; or on "sm80" or "sm90", the CUDA kernels over an emulated
+    GPU (in a build that has it); or with tensors made on "cuda"."""
     if level == "cuda":
         with torch.device("cuda"):
             yield

@@ -8,33 +8,20 @@ import re
 
 import pytest
 import torch
+from cuda_cases import captured, emulated, gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn
 import fastattn.functional as fa
 from fastattn import _C
 from fastattn._ops.errors import user_error
-from fastattn.support import cuda_level
 from fastattn.testing import (
     DTYPES,
     attention_inputs,
     attention_results,
     check_attention,
     randn,
-    running_on,
 )
-
-gpu = pytest.mark.skipif(cuda_level() != "cuda", reason="no GPU, or a build without CUDA")
-emulated = pytest.mark.skipif(not _C.emulated_levels, reason="a build without an emulated GPU")
-
-
-@pytest.fixture
-def cuda():
-    level = cuda_level()
-    if level is None:
-        pytest.skip("no GPU, nor an emulated one")
-    with running_on(level):
-        yield level
 
 
 @emulated
@@ -164,15 +151,24 @@ def test_a_graph_captures_both_passes_and_repeats_them(cuda):
         packed = fa.attention_varlen(*(x[0].transpose(0, 1) for x in leaves), bounds, bounds)
         return out, packed, *torch.autograd.grad(out, leaves, dout)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = step()
-    graph.replay()
+    results = captured(step)
     again = fa.attention_varlen(*(x[0].transpose(0, 1) for x in leaves), bounds, bounds)
     torch.testing.assert_close(results[1], again)
     assert all(x.isfinite().all() for x in results)
+
+
+@gpu
+def test_rows_beyond_max_seqlen_take_no_part():
+    """The host cannot refuse a max_seqlen that is too small: the lengths are on the device."""
+    query = randn(12, 2, 64, seed=1, dtype=torch.bfloat16).cuda().requires_grad_()
+    bounds = torch.tensor([0, 8, 12], dtype=torch.int32, device="cuda")
+    out, lse = fa.attention_varlen(
+        query, query, query, bounds, bounds, max_seqlen_q=5, max_seqlen_k=5, return_lse=True
+    )
+    (gradient,) = torch.autograd.grad(out.float().square().sum(), query)
+    assert (out[5:8] == 0).all() and (lse[:, 5:8] == -math.inf).all()
+    assert (gradient[5:8] == 0).all()
+    short = torch.tensor([0, 5, 9], dtype=torch.int32, device="cuda")
+    rows = torch.cat([query[:5], query[8:]])
+    expected = fa.attention_varlen(rows, rows, rows, short, short, max_seqlen_q=5, max_seqlen_k=5)
+    torch.testing.assert_close(torch.cat([out[:5], out[8:]]), expected)

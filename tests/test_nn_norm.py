@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from attention_options import is_on_cuda
 from module_cases import check_module, same_parameters
 
 import fastattn.functional as fa
@@ -57,7 +58,10 @@ def statistics_are_constants(module, input):
 @pytest.mark.parametrize("name", AXES)
 def test_outputs_and_gradients_are_those_of_torch(level, name):
     """At least 200 combinations over the levels of any machine."""
-    for number, case in enumerate(covering_sample(AXES[name], 200, 0, fits)):
+    axes = AXES[name]
+    if is_on_cuda(level):
+        axes = axes | {"dtype": [x for x in axes["dtype"] if x != torch.float64]}
+    for number, case in enumerate(covering_sample(axes, 200, 0, fits)):
         ours, theirs = same_parameters(
             getattr(nn, name), getattr(torch.nn, name), **options_of(case)
         )

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_options import skip_without_kernels
 from norm_cases import ADDED, ALONE, NORMS, call, check_norm, norm_inputs, results
 
 import fastattn.functional as fa
@@ -26,6 +27,7 @@ def test_very_wide_rows(level, norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_float64(norm):
+    skip_without_kernels(torch.float64)
     for leading, width in (((3,), 1), ((2, 5), 33), ((70,), 129)):
         check_norm(norm, norm_inputs(norm, leading, width, torch.float64))
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from attention_options import skip_without_kernels
 from norm_cases import ADDED, NORMS, call, check_norm, cotangents, norm_inputs, results
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -97,6 +98,7 @@ def test_recomputing_a_checkpoint_repeats_the_mask(use_reentrant):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_gradients_against_finite_differences(norm):
+    skip_without_kernels(torch.float64)
     inputs = norm_inputs(norm, (2, 3), 5, torch.float64)
     leaves = {n: x.requires_grad_() for n, x in inputs.items()}
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from attention_options import on_cuda, skip_without_kernels
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastattn.functional as fa
@@ -65,6 +66,12 @@ AXES = {
 }
 
 
+def randint(high, shape, generator):
+    """On torch's default device, as a generator of the CPU draws them."""
+    drawn = torch.randint(high, shape, generator=generator, device="cpu")
+    return drawn.to(torch.get_default_device())
+
+
 def case(point):
     rotary, length, batch = point["rotary"], point["length"], point["batch"]
     sizes = [point["heads"], length]
@@ -72,11 +79,11 @@ def case(point):
         sizes.reverse()
     x = randn(*batch, *sizes, point["head_dim"], seed=1, dtype=point["dtype"])
     options = {"layout": point["layout"], "interleaved": point["interleaved"]}
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator("cpu").manual_seed(3)
     cos, sin = tables(rotary, 90, point["table"])
     kind = point["positions"]
     if kind == "token table":
-        rows = torch.randint(90, (*batch[:-1], 1, length)[-len(batch) - 1 :], generator=generator)
+        rows = randint(90, (*batch[:-1], 1, length)[-len(batch) - 1 :], generator)
         return x, restride(cos[rows], "contiguous"), sin[rows], options
     shape = {"length": (length,), "batch": (*batch, length), "broadcast": (1,) * len(batch)}.get(
         kind
@@ -84,10 +91,10 @@ def case(point):
     if kind == "broadcast":
         shape = (*shape, length)
     if shape is not None:
-        options["positions"] = torch.randint(0, 40, shape, generator=generator)
+        options["positions"] = randint(40, shape, generator)
         if kind == "batch":
             options["positions"] = options["positions"].to(torch.int32)
-    offsets = {"int": 9, "scalar": torch.tensor(11), "batch": torch.randint(0, 50, batch)}
+    offsets = {"int": 9, "scalar": torch.tensor(11), "batch": randint(50, batch, generator)}
     if point["offset"] != "none":
         options["offset"] = offsets[point["offset"]]
     if length and rotary:
@@ -96,7 +103,8 @@ def case(point):
 
 
 def test_any_combination(level):
-    points = covering_sample(AXES, 150, 5, lambda p: p["rotary"] <= p["head_dim"])
+    axes = AXES | {"dtype": DTYPES} if on_cuda() else AXES
+    points = covering_sample(axes, 150, 5, lambda p: p["rotary"] <= p["head_dim"])
     for point in points:
         x, cos, sin, options = case(point)
         check(x, cos, sin, **options)
@@ -188,6 +196,7 @@ def test_bits_do_not_depend_on_threads_or_on_the_batch(threads):
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_gradcheck(interleaved):
+    skip_without_kernels(torch.float64)
     cos, sin = tables(6, dtype=torch.float64)
     x = randn(2, 2, 3, 7, seed=1, dtype=torch.float64).requires_grad_()
     y = randn(2, 1, 3, 6, seed=2, dtype=torch.float64).requires_grad_()

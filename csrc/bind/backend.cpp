@@ -94,12 +94,16 @@ void check_cuda_status(Status status) {
 
 #endif
 
+void require_kernels_of_dtype(const Backend& backend, const char* argument, const Tensor& tensor) {
+  if (backend.cuda && float_dtype(tensor) == DType::kFloat64) {
+    fail(argument, "dtype float32, bfloat16 or float16 on CUDA", dtype_text(tensor));
+  }
+}
+
 void require_kernels(const Backend& backend, const AttentionParams& params, const Tensor& query,
                      const char* value_argument, const Tensor* value) {
   if (!backend.cuda) return;
-  if (params.dtype == DType::kFloat64) {
-    fail("query", "dtype float32, bfloat16 or float16 on CUDA", dtype_text(query));
-  }
+  require_kernels_of_dtype(backend, "query", query);
   const std::string expected = "a head_dim of 1 to " + got(cuda::kMaxHeadDim) + " on CUDA";
   if (params.head_dim > cuda::kMaxHeadDim) fail("query", expected, shape_text(query));
   if (value != nullptr && params.head_dim_v > cuda::kMaxHeadDim) {

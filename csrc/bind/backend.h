@@ -43,6 +43,9 @@ int emulated_device();
 void set_emulated_device(int device);
 #endif
 
+// Throws unless the backend has kernels for the dtype of a tensor.
+void require_kernels_of_dtype(const Backend& backend, const char* argument, const Tensor& tensor);
+
 // Throws unless the backend has kernels for this dtype and these head dims. `value` may be null.
 void require_kernels(const Backend& backend, const AttentionParams& params, const Tensor& query,
                      const char* value_argument, const Tensor* value);

@@ -2,6 +2,7 @@
 
 #include <initializer_list>
 
+#include "backend.h"
 #include "dense_like.h"
 #include "fastattn/api.h"
 #include "status.h"
@@ -140,6 +141,7 @@ void require_like(const char* argument, const Tensor& x, const char* like_argume
 ActivationParams make_params(const char* argument, const Tensor& input, int64_t kind) {
   ActivationParams p{};
   p.dtype = require_float(argument, input);
+  require_kernels_of_dtype(backend_of(input), argument, input);
   p.kind = activation_kind(kind);
   return p;
 }
@@ -151,6 +153,26 @@ void check_bias(ActivationParams& p, const Tensor& input, const OptionalTensor& 
   if (input.dim() < 1) fail("input", "at least 1 dimension beside a bias", shape_text(input));
   const int64_t columns = input.sizes()[input.dim() - 1];
   require_shape("bias", *bias, Sizes(&columns, 1));
+}
+
+void run_forward(const ActivationParams& p, [[maybe_unused]] const Tensor& input) {
+#ifdef FASTATTN_WITH_CUDA
+  if (backend_of(input).cuda) {
+    return check_cuda_status(cuda::activation_forward(p, place_of(input)));
+  }
+#endif
+  check_status(cpu::activation_forward(p, torch_threads()));
+}
+
+void run_backward(const ActivationParams& p, [[maybe_unused]] const Tensor& input) {
+#ifdef FASTATTN_WITH_CUDA
+  if (const Backend backend = backend_of(input); backend.cuda) {
+    const cuda::Place place = place_of(input);
+    const Scratch workspace(backend, cuda::activation_backward_workspace(p, place), input);
+    return check_cuda_status(cuda::activation_backward(p, workspace.data(), place));
+  }
+#endif
+  check_status(cpu::activation_backward(p, torch_threads()));
 }
 
 // activation(input, bias, kind) -> out
@@ -167,7 +189,7 @@ void activation(Stack& stack) {
   walk.add(p.input, input);
   if (bias) walk.add(p.bias, *bias);
   walk.finish(p, false);
-  check_status(cpu::activation_forward(p, torch_threads()));
+  run_forward(p, input);
   stack.push(out);
 }
 
@@ -197,7 +219,7 @@ void activation_backward(Stack& stack) {
     if (bias) walk.add(p.bias, *bias);
     p.dbias = need_dbias ? dbias.data_ptr() : nullptr;
     walk.finish(p, need_dbias);
-    check_status(cpu::activation_backward(p, torch_threads()));
+    run_backward(p, input);
   }
   stack.push(dinput);
   stack.push(dbias);
@@ -253,7 +275,7 @@ void gated_activation(Stack& stack) {
   walk.add(p.input, gated.gate);
   gated.add_second(walk, p.up, given, up);
   walk.finish(p, false);
-  check_status(cpu::activation_forward(p, torch_threads()));
+  run_forward(p, given);
   stack.push(out);
 }
 
@@ -277,7 +299,7 @@ void gated_activation_backward(Stack& stack) {
   gated.add_second(walk, p.up, given, up);
   gated.add_second(walk, p.dup, dgate, up ? OptionalTensor(dup) : std::nullopt);
   walk.finish(p, false);
-  check_status(cpu::activation_backward(p, torch_threads()));
+  run_backward(p, given);
   stack.push(dgate);
   stack.push(dup);
 }
@@ -299,6 +321,15 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("gated_activation", boxed<gated_activation>);
   m.impl("gated_activation_backward", boxed<gated_activation_backward>);
 }
+
+#ifdef FASTATTN_ON_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+  m.impl("activation", boxed<activation>);
+  m.impl("activation_backward", boxed<activation_backward>);
+  m.impl("gated_activation", boxed<gated_activation>);
+  m.impl("gated_activation_backward", boxed<gated_activation_backward>);
+}
+#endif
 
 }  // namespace
 }  // namespace fastattn::bind

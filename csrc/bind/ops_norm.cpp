@@ -1,5 +1,6 @@
 // The norm ops: torch.ops.fastattn.norm_*.
 
+#include "backend.h"
 #include "fastattn/api.h"
 #include "row_args.h"
 #include "status.h"
@@ -38,14 +39,34 @@ DType promoted_out_dtype(const NormParams& p) {
   return DType::kFloat32;
 }
 
+// The seed and offset of dropout: read here, or by csrc/cuda's kernels.
+void set_philox(const Backend& backend, const Tensor& input, NormOptions& options, NormParams& p) {
+  if (!options.philox) fail("philox", "(seed, offset) for dropout", "None");
+  require_dtype("philox", *options.philox, aoti_torch_dtype_int64(), "int64");
+  require_shape("philox", *options.philox, {2});
+  require_device_of(input, "philox", *options.philox, "input");
+  if (!options.philox->is_contiguous()) {
+    options.philox = torch::stable::contiguous(*options.philox);
+  }
+  const IndexArray words{options.philox->data_ptr(), true};
+  if (backend.cuda) {
+    p.philox = words;
+  } else {
+    p.philox_seed = static_cast<uint64_t>(index_at(words, 0));
+    p.philox_offset = static_cast<uint64_t>(index_at(words, 1));
+  }
+}
+
 // Everything but the tensors with rows. `options` is held by the caller.
-NormParams make_params(const RowProblem& rows, const Tensor& input, NormOptions& options) {
+NormParams make_params(const Backend& backend, const RowProblem& rows, const Tensor& input,
+                       NormOptions& options) {
   NormParams p{};
   if (options.kind < 0 || options.kind > static_cast<int64_t>(NormKind::kRmsGemma)) {
     fail("kind", "a norm", std::to_string(options.kind));
   }
   p.kind = static_cast<NormKind>(options.kind);
   p.dtype = require_float("input", input);
+  require_kernels_of_dtype(backend, "input", input);
   p.weight = parameter(rows, input, "weight", options.weight, &p.weight_dtype);
   p.bias = parameter(rows, input, "bias", options.bias, &p.bias_dtype);
   p.out_dtype = promoted_out_dtype(p);
@@ -54,15 +75,7 @@ NormParams make_params(const RowProblem& rows, const Tensor& input, NormOptions&
     fail("dropout_p", "a probability in [0, 1]", std::to_string(options.dropout_p));
   }
   p.dropout_p = options.dropout_p;
-  if (p.dropout_p > 0) {
-    if (!options.philox) fail("philox", "(seed, offset) for dropout", "None");
-    require_dtype("philox", *options.philox, aoti_torch_dtype_int64(), "int64");
-    require_shape("philox", *options.philox, {2});
-    require_device_of(input, "philox", *options.philox, "input");
-    const int64_t* words = static_cast<const int64_t*>(options.philox->data_ptr());
-    p.philox_seed = static_cast<uint64_t>(words[0]);
-    p.philox_offset = static_cast<uint64_t>(words[options.philox->strides()[0]]);
-  }
+  if (p.dropout_p > 0) set_philox(backend, input, options, p);
   return p;
 }
 
@@ -81,6 +94,26 @@ void require_like(const Tensor& input, const char* argument, const Tensor& tenso
   require_shape(argument, tensor, input.sizes());
 }
 
+void run([[maybe_unused]] const Backend& backend, const NormParams& params,
+         [[maybe_unused]] const Tensor& input) {
+#ifdef FASTATTN_WITH_CUDA
+  if (backend.cuda) return check_cuda_status(cuda::norm_forward(params, place_of(input)));
+#endif
+  check_status(cpu::norm_forward(params, torch_threads()));
+}
+
+void run([[maybe_unused]] const Backend& backend, const NormGradParams& params,
+         [[maybe_unused]] const Tensor& input) {
+#ifdef FASTATTN_WITH_CUDA
+  if (backend.cuda) {
+    const cuda::Place place = place_of(input);
+    const Scratch workspace(backend, cuda::norm_backward_workspace(params, place), input);
+    return check_cuda_status(cuda::norm_backward(params, workspace.data(), place));
+  }
+#endif
+  check_status(cpu::norm_backward(params, torch_threads()));
+}
+
 struct ForwardResults {
   Tensor normalised, summed, statistics;
 };
@@ -89,8 +122,9 @@ struct ForwardResults {
 ForwardResults forward(const Tensor& input, const OptionalTensor& residual, NormOptions& options,
                        bool need_statistics) {
   require_dims(input, options.dims);
+  const Backend backend = backend_of(input);
   RowProblem rows(input, options.dims);
-  NormParams p = make_params(rows, input, options);
+  NormParams p = make_params(backend, rows, input, options);
   if (residual) require_like(input, "residual", *residual, p.dtype);
   if (p.dropout_p > 0 && !residual) fail("residual", "a tensor, for dropout", "None");
 
@@ -110,7 +144,7 @@ ForwardResults forward(const Tensor& input, const OptionalTensor& residual, Norm
     if (need_statistics) rows.add(results.statistics, &p.statistics);
     if (p.dropout_p > 0) rows.add_row_numbers(p.row_stride);
     rows.resolve("input", &p.shape);
-    check_status(cpu::norm_forward(p, torch_threads()));
+    run(backend, p, input);
   } else if (need_statistics) {
     torch::stable::zero_(results.statistics);
   }
@@ -177,7 +211,8 @@ struct GradTensors {
   Tensor dresidual, dinput, dweight, dbias;
 };
 
-void backward(RowProblem& rows, NormGradParams& g, GradTensors& tensors, const Needs& needs) {
+void backward(const Backend& backend, RowProblem& rows, NormGradParams& g, GradTensors& tensors,
+              const Needs& needs) {
   NormParams& p = g.forward;
   ConstRows statistics{};
   rows.add(tensors.input, &p.input);
@@ -194,7 +229,7 @@ void backward(RowProblem& rows, NormGradParams& g, GradTensors& tensors, const N
   for (int d = 0; d < kRowDims; ++d) p.statistics.stride[d] = statistics.stride[d];
   if (needs.dweight) g.dweight = tensors.dweight.data_ptr();
   if (needs.dbias) g.dbias = tensors.dbias.data_ptr();
-  check_status(cpu::norm_backward(g, torch_threads()));
+  run(backend, g, tensors.input);
 }
 
 // norm_backward(dnormalised, dsummed, input, statistics, weight, bias, philox, dims, kind,
@@ -220,9 +255,10 @@ void norm_backward(Stack& stack) {
   needs.dbias = stack.pop<bool>();
 
   require_dims(input, options.dims);
+  const Backend backend = backend_of(input);
   RowProblem rows(input, options.dims);
   NormGradParams g{};
-  g.forward = make_params(rows, input, options);
+  g.forward = make_params(backend, rows, input, options);
   const NormParams& p = g.forward;
   const DType real = p.dtype == DType::kFloat64 ? p.dtype : DType::kFloat32;
   require_like(input, "dnormalised", dnormalised, p.out_dtype);
@@ -260,7 +296,7 @@ void norm_backward(Stack& stack) {
     torch::stable::zero_(tensors.dweight);
     torch::stable::zero_(tensors.dbias);
   } else if (wanted) {
-    backward(rows, g, tensors, needs);
+    backward(backend, rows, g, tensors, needs);
   }
   for (const Tensor* x : {&tensors.dresidual, &tensors.dinput, &tensors.dweight, &tensors.dbias}) {
     stack.push(*x);
@@ -291,6 +327,15 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("norm_forward", boxed<norm_forward>);
   m.impl("norm_backward", boxed<norm_backward>);
 }
+
+#ifdef FASTATTN_ON_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+  m.impl("norm_plain", boxed<norm_plain>);
+  m.impl("add_norm_plain", boxed<add_norm_plain>);
+  m.impl("norm_forward", boxed<norm_forward>);
+  m.impl("norm_backward", boxed<norm_backward>);
+}
+#endif
 
 }  // namespace
 }  // namespace fastattn::bind

@@ -1,5 +1,6 @@
 // The ops of rotary embedding: torch.ops.fastattn.rope*.
 
+#include "backend.h"
 #include "dense_like.h"
 #include "fastattn/api.h"
 #include "status.h"
@@ -121,8 +122,8 @@ void set_batch_strides(const RopeParams& p, const char* argument, const Tensor& 
   }
 }
 
-// Returns the number of rows that positions choose from, or -1 where there is a row per token.
-int64_t set_tables(RopeParams& p, const Operand& first, const RopeOptions& o) {
+// Returns whether positions choose from the rows; else there is a row for each token.
+bool set_tables(RopeParams& p, const Operand& first, const RopeOptions& o) {
   const std::optional<DType> dtype = float_dtype(o.cos);
   if (!dtype) require_float("cos", o.cos);
   p.table_dtype = *dtype;
@@ -135,12 +136,13 @@ int64_t set_tables(RopeParams& p, const Operand& first, const RopeOptions& o) {
   const char* expected = "shape (positions, rotary_dim / 2) or (*batch, length, rotary_dim / 2)";
   if (dims != 2 && dims != p.batch_dims + 2) fail("cos", expected, shape_text(o.cos));
   p.rotary_dim = 2 * sizes[dims - 1];
+  p.table_rows = sizes[dims - 2];
   p.cos = o.cos.data_ptr(), p.sin = o.sin.data_ptr();
   for (int d = 0; d < 2; ++d) {
     p.cos_stride[d] = o.cos.strides()[dims - 2 + d];
     p.sin_stride[d] = o.sin.strides()[dims - 2 + d];
   }
-  if (dims == 2) return sizes[0];
+  if (dims == 2) return true;
   set_batch_strides(p, "cos", o.cos, expected, p.cos_batch_stride);
   set_batch_strides(p, "sin", o.sin, expected, p.sin_batch_stride);
   if (sizes[dims - 2] != p.length) {
@@ -151,7 +153,7 @@ int64_t set_tables(RopeParams& p, const Operand& first, const RopeOptions& o) {
     fail("offset", "0 beside a cos with a row for each token",
          o.offsets ? "a tensor" : got(o.offset));
   }
-  return -1;
+  return false;
 }
 
 void set_indices(const RopeParams& p, const Operand& first, const char* argument, const Tensor& x,
@@ -176,7 +178,8 @@ void set_indices(const RopeParams& p, const Operand& first, const char* argument
 }
 
 // Every row that a token takes is one of the tables'.
-void check_positions(const RopeParams& p, int64_t rows) {
+void check_positions(const RopeParams& p) {
+  const int64_t rows = p.table_rows;
   const std::string limit = got(rows) + ", the rows of cos";
   const int64_t batch = p.length > 0 ? rope_batch(p) : 0;
   const bool same_for_all = p.positions.data == nullptr && p.offsets.data == nullptr;
@@ -204,7 +207,9 @@ void check_positions(const RopeParams& p, int64_t rows) {
 RopeParams make_params(const RopeOptions& o, const Operand& first, const Operand* second) {
   RopeParams p{};
   set_batch(p, first, o.bshd);
-  const int64_t rows = set_tables(p, first, o);
+  const Backend backend = backend_of(*first.x);
+  require_kernels_of_dtype(backend, first.name, *first.x);
+  const bool has_positions = set_tables(p, first, o);
   p.offset = o.offset;
   p.interleaved = o.interleaved;
   p.inverse = o.inverse;
@@ -212,7 +217,8 @@ RopeParams make_params(const RopeOptions& o, const Operand& first, const Operand
   if (second) add_operand(p, *second, first, o.bshd);
   if (o.positions) set_indices(p, first, "positions", *o.positions, true, p.positions);
   if (o.offsets) set_indices(p, first, "offset", *o.offsets, false, p.offsets);
-  if (rows >= 0) check_positions(p, rows);
+  const bool is_known = !backend.on_device || !(o.positions || o.offsets);
+  if (has_positions && is_known) check_positions(p);
   return p;
 }
 
@@ -226,6 +232,13 @@ void require_own_memory(const Operand& operand) {
   }
 }
 
+void run(const RopeParams& p, [[maybe_unused]] const Tensor& x) {
+#ifdef FASTATTN_WITH_CUDA
+  if (backend_of(x).cuda) return check_cuda_status(cuda::rope(p, place_of(x)));
+#endif
+  check_status(cpu::rope(p, torch_threads()));
+}
+
 // rope(x, OPTIONS) -> out
 void rope(Stack& stack) {
   const auto x = stack.pop<Tensor>();
@@ -233,7 +246,7 @@ void rope(Stack& stack) {
   RopeParams p = make_params(options, {"x", &x}, nullptr);
   Tensor out = empty_dense_like(x);
   set_out(p, 0, out, options.bshd);
-  check_status(cpu::rope(p, torch_threads()));
+  run(p, x);
   stack.push(out);
 }
 
@@ -244,7 +257,7 @@ void rope_in_place(Stack& stack) {
   const Operand operand{"x", &x};
   const RopeParams p = make_params(options, operand, nullptr);
   require_own_memory(operand);
-  check_status(cpu::rope(p, torch_threads()));
+  run(p, x);
 }
 
 // rope_qk(query, key, OPTIONS) -> (query, key)
@@ -257,7 +270,7 @@ void rope_qk(Stack& stack) {
   Tensor query_out = empty_dense_like(query), key_out = empty_dense_like(key);
   set_out(p, 0, query_out, options.bshd);
   set_out(p, 1, key_out, options.bshd);
-  check_status(cpu::rope(p, torch_threads()));
+  run(p, query);
   stack.push(query_out);
   stack.push(key_out);
 }
@@ -271,7 +284,7 @@ void rope_qk_in_place(Stack& stack) {
   const RopeParams p = make_params(options, first, &second);
   require_own_memory(first);
   require_own_memory(second);
-  check_status(cpu::rope(p, torch_threads()));
+  run(p, query);
 }
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
@@ -288,6 +301,15 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("rope_qk", boxed<rope_qk>);
   m.impl("rope_qk_", boxed<rope_qk_in_place>);
 }
+
+#ifdef FASTATTN_ON_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+  m.impl("rope", boxed<rope>);
+  m.impl("rope_", boxed<rope_in_place>);
+  m.impl("rope_qk", boxed<rope_qk>);
+  m.impl("rope_qk_", boxed<rope_qk_in_place>);
+}
+#endif
 
 }  // namespace
 }  // namespace fastattn::bind

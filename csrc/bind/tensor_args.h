@@ -169,7 +169,9 @@ inline Tensor empty_strided(Sizes sizes, Sizes strides, int32_t dtype, const Ten
 }
 
 inline Tensor empty_contiguous(Sizes sizes, int32_t dtype, const Tensor& like) {
-  int64_t strides[8];
+  constexpr size_t kMostDims = 64;  // of a tensor, as in torch's own loops
+  int64_t strides[kMostDims];
+  if (sizes.size() > kMostDims) throw std::runtime_error("fastattn: more than 64 dimensions");
   int64_t stride = 1;
   for (size_t i = sizes.size(); i-- > 0; stride *= max_of<int64_t>(sizes[i], 1)) {
     strides[i] = stride;

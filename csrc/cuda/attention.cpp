@@ -146,14 +146,15 @@ cudaError_t run_dtype(const ForwardParams& params, const Choice& choice, const D
   }
 }
 
-// Rows of packed queries that belong to no sequence: out 0, lse -inf.
+// Rows of packed queries that no sequence has, or none within seqlen_q: out 0, lse -inf.
 cudaError_t fill_unused(const AttentionParams& p, cudaStream_t stream) {
   if (p.cu_seqlens_q.data == nullptr) return cudaSuccess;
   constexpr uint32_t kZero = 0, kMinusInfinity = 0xff800000u;
   UnusedRows rows = {p.out,          static_cast<int32_t>(dtype_size(p.dtype)),
                      kZero,          p.heads_q,
                      p.total_q,      p.head_dim_v,
-                     p.cu_seqlens_q, p.batch0};
+                     p.cu_seqlens_q, p.batch0,
+                     p.seqlen_q};
   const cudaError_t error = launch_fill_unused_rows(rows, stream);
   if (error != cudaSuccess) return error;
   rows.tensor = p.lse;

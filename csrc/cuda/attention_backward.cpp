@@ -96,14 +96,14 @@ BackwardParams backward_params(const AttentionGradParams& g, Way way, void* work
   return params;
 }
 
-// Zeros in the packed rows that belong to no sequence.
+// Zeros in the packed rows that no kernel computes.
 cudaError_t clear_unused(const AttentionParams& p, const MutableTensor& gradient, bool of_queries,
                          int64_t columns, cudaStream_t stream) {
   if (p.cu_seqlens_q.data == nullptr || gradient.data == nullptr) return cudaSuccess;
   return launch_fill_unused_rows(
       {gradient, static_cast<int32_t>(dtype_size(p.dtype)), 0, of_queries ? p.heads_q : p.heads_kv,
        of_queries ? p.total_q : p.total_k, columns, of_queries ? p.cu_seqlens_q : p.cu_seqlens_k,
-       p.batch0},
+       p.batch0, of_queries ? p.seqlen_q : p.seqlen_k},
       stream);
 }
 

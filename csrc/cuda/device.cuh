@@ -81,13 +81,11 @@ cudaError_t launch(void (*kernel)(Params...), const LaunchConfig& config,
 
 // The same for kernels whose blocks are counted in one dimension. None at all is no error.
 template <typename Params>
-cudaError_t launch_blocks(void (*kernel)(Params), int64_t blocks, int threads, size_t shared_bytes,
+cudaError_t launch_blocks(void (*kernel)(Params), int64_t blocks, dim3 threads, size_t shared_bytes,
                           cudaStream_t stream, const std::type_identity_t<Params>& params) {
   if (blocks == 0) return cudaSuccess;
   if (blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  return launch(
-      kernel, {static_cast<unsigned>(blocks), static_cast<unsigned>(threads), shared_bytes, stream},
-      params);
+  return launch(kernel, {static_cast<unsigned>(blocks), threads, shared_bytes, stream}, params);
 }
 
 }  // namespace fastattn::cuda

@@ -19,16 +19,6 @@ FA_DEVICE float product_of_pair(uint32_t a, uint32_t b, T) {
   return fmaf(low(a >> 16), low(b >> 16), low(a) * low(b));
 }
 
-template <typename T>
-FA_DEVICE Chunk load_chunk(const T* row, const ColumnLayout& layout, int first) {
-  constexpr int kColumns = 16 / sizeof(T);
-  if (layout.is_chunked && first + kColumns <= layout.columns) {
-    const uint4 words = *reinterpret_cast<const uint4*>(row + first);
-    return {{words.x, words.y, words.z, words.w}};
-  }
-  return gather_chunk<T>(row, layout.stride, first, layout.columns);
-}
-
 // This lane's part of sum_d dout * out.
 template <typename T>
 FA_DEVICE float partial_delta(const BackwardParams& params, const T* dout, const T* out) {

@@ -1,16 +1,10 @@
 // What the kernels of the forward pass are told besides the problem: the host's choices.
 #pragma once
 
+#include "column_layout.h"
 #include "fastattn/sequence.h"
 
 namespace fastattn::cuda {
-
-// How the columns of a matrix lie in global memory.
-struct ColumnLayout {
-  int32_t columns;  // of these; the others of a tile are zero
-  bool is_chunked;  // contiguous, and every row begins at a multiple of 16 bytes
-  int64_t stride;   // between two columns
-};
 
 struct ForwardParams {
   AttentionParams attention;

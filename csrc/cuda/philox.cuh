@@ -12,7 +12,9 @@ struct Dropout {
   uint64_t threshold;
   float survivor;  // 1 / (1 - p)
 
-  FA_DEVICE explicit Dropout(const AttentionParams& p) {
+  // Params: AttentionParams or NormParams.
+  template <typename Params>
+  FA_DEVICE explicit Dropout(const Params& p) {
     uint64_t seed = p.philox_seed, first = p.philox_offset;
     if (p.philox.data != nullptr) {
       seed = static_cast<uint64_t>(index_at(p.philox, 0));
@@ -24,7 +26,8 @@ struct Dropout {
     survivor = p.dropout_p < 1 ? static_cast<float>(1 / (1 - p.dropout_p)) : 0.0f;
   }
 
-  // The four numbers of keys 4 group to 4 group + 4 of a row; `head` counts over the batch.
+  // The four numbers of columns (keys) 4 group to 4 group + 4 of a row; `head` counts over the
+  // batch, and is for norms the upper half of the row's number.
   FA_DEVICE uint4 numbers(uint32_t group, uint32_t row, uint32_t head) const {
     uint4 x = {group, row, head, offset};
     uint32_t a = key0, b = key1;

@@ -148,6 +148,13 @@ FA_DEVICE float exp2(float x) {
   return y;
 }
 
+// rcp.approx.ftz.f32: 1 / x within 1 ulp.
+FA_DEVICE float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two numbers rounded to nearest even into one word, the first in the low half.
 FA_DEVICE uint32_t pack(float low, float high, bf16) {
   uint32_t word;

@@ -3,15 +3,11 @@
 
 #include <type_traits>
 
+#include "chunk.cuh"
 #include "fastattn/sequence.h"
 #include "forward_params.h"
-#include "ptx.cuh"
 
 namespace fastattn::cuda {
-
-struct alignas(16) Chunk {
-  uint32_t word[4];
-};
 
 // kRows x kColumns elements. A row is cut into panels of 128 bytes (64, where 128 do not fit), all
 // rows of a panel lie together, and the 16-byte chunks of a row are permuted by its number, so that
@@ -74,51 +70,10 @@ FA_DEVICE void for_each_chunk(int thread, const Body& body) {
   }
 }
 
-template <typename T>
-FA_DEVICE uint32_t bits_of(T x) {
-  if constexpr (sizeof(T) == 4) {
-    return __float_as_uint(x);
-  } else if constexpr (sizeof(T) == 2) {
-    return x.bits;
-  } else {
-    return static_cast<uint8_t>(x);
-  }
-}
-
 // Of the columns of a chunk, those that are there.
 template <typename Tile>
 FA_DEVICE int clamp_columns(int columns) {
   return max_of(min_of(columns, Tile::kChunkColumns), 0);
-}
-
-// An int8 is exact in every dtype.
-template <typename T>
-FA_DEVICE uint32_t bits_of_int8(int8_t x) {
-  if constexpr (sizeof(T) == 4) {
-    return __float_as_uint(static_cast<float>(x));
-  } else {
-    return ptx::pack(static_cast<float>(x), 0.0f, T{});
-  }
-}
-
-// A chunk of T from elements of C that lie anywhere; those from `columns` on are zero.
-template <typename T, typename C>
-FA_DEVICE Chunk gather_chunk(const C* row, int64_t column_stride, int first, int columns) {
-  constexpr int kColumns = 16 / sizeof(T), kPerWord = 4 / sizeof(T);
-  Chunk chunk = {};
-#pragma unroll
-  for (int c = 0; c < kColumns; ++c) {
-    if (first + c >= columns) continue;
-    const C x = row[(first + c) * column_stride];
-    uint32_t bits;
-    if constexpr (sizeof(C) < sizeof(T)) {
-      bits = bits_of_int8<T>(x);
-    } else {
-      bits = bits_of(x);
-    }
-    chunk.word[c / kPerWord] |= bits << (c % kPerWord * 8 * sizeof(T));
-  }
-  return chunk;
 }
 
 // Rows at equal distances in memory, of which those from `begin` to `end` are there.
@@ -331,27 +286,6 @@ FA_DEVICE void transpose_among_four(Chunk& chunk) {
       uint32_t& high = chunk.word[bit == 1 ? 2 * n + 1 : n + 2];
       const uint32_t received = ptx::shuffle_xor(is_upper ? low : high, bit);
       (is_upper ? low : high) = received;
-    }
-  }
-}
-
-// A chunk to columns first.. of a row, as far as there are so many.
-template <typename T>
-FA_DEVICE void store_chunk(T* row, const ColumnLayout& layout, int first, const Chunk& chunk) {
-  constexpr int kColumns = 16 / sizeof(T), kPerWord = 4 / sizeof(T);
-  if (layout.is_chunked && first + kColumns <= layout.columns) {
-    *reinterpret_cast<Chunk*>(row + first) = chunk;
-    return;
-  }
-#pragma unroll
-  for (int c = 0; c < kColumns; ++c) {
-    if (first + c >= layout.columns) continue;
-    const uint32_t bits = chunk.word[c / kPerWord] >> (c % kPerWord * 8 * sizeof(T) % 32);
-    T& to = row[(first + c) * layout.stride];
-    if constexpr (sizeof(T) == 4) {
-      to = __uint_as_float(bits);
-    } else {
-      to.bits = static_cast<uint16_t>(bits);
     }
   }
 }

@@ -1,4 +1,4 @@
-// Rows of a packed tensor that belong to no sequence.
+// Rows of a packed tensor that no kernel computes.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,14 +7,15 @@
 
 namespace fastattn::cuda {
 
-// Rows from cu_seqlens[last] on of a tensor (heads, total, columns) become `bits`.
+// Of a tensor (heads, total, columns), the rows behind the last sequence, and those of each
+// sequence from its row `longest` on, become `bits`.
 struct UnusedRows {
   MutableTensor tensor;
   int32_t element_bytes;  // 2 or 4
   uint32_t bits;
   int64_t heads, total, columns;
   IndexArray cu_seqlens;
-  int64_t last;
+  int64_t sequences, longest;
 };
 
 cudaError_t launch_fill_unused_rows(const UnusedRows& params, cudaStream_t stream);

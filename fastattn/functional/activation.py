@@ -33,7 +33,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     computed in float32 and rounded once.
 
     Args:
-        input: any shape and strides; float32, bfloat16, float16 or float64.
+        input: any shape and strides; float32, bfloat16, float16 or, on the CPU, float64.
         approximate: "none" or "tanh", as in torch.
 
     Returns:
@@ -85,10 +85,11 @@ def relu(input: Tensor) -> Tensor:
 def bias_gelu(input: Tensor, bias: Tensor, approximate: str = "none") -> Tensor:
     r"""gelu(input + bias), in one pass, with no rounding of the sum to 16 bits.
 
-    The gradient of bias is summed in float32, to the same bits for any number of threads.
+    The gradient of bias is summed in float32, in an order that no threads decide: to the same bits
+    in every call.
 
     Args:
-        input: (\*, n), any strides; float32, bfloat16, float16 or float64.
+        input: (\*, n), any strides; float32, bfloat16, float16 or, on the CPU, float64.
         bias: (n), any of these four dtypes.
         approximate: "none" or "tanh", as in :func:`gelu`.
 
@@ -133,8 +134,9 @@ def swiglu(gate: Tensor, up: Tensor | None = None) -> Tensor:
 
     Args:
         gate: any shape and strides (halves of a fused projection are read where they lie);
-            float32, bfloat16, float16 or float64. Without up it is packed: (\*, 2 n), with the gate
-            in the first n columns and up in the others; its gradient is packed likewise.
+            float32, bfloat16, float16 or, on the CPU, float64. Without up it is packed: (\*, 2 n),
+            with the gate in the first n columns and up in the others; its gradient is packed
+            likewise.
         up: the shape and dtype of gate.
 
     Returns:

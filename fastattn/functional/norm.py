@@ -34,8 +34,8 @@ def layer_norm(
 
     Args:
         input: (\*leading, \*normalized_shape), any strides, any width; float32, bfloat16, float16
-            or float64 (which runs on the scalar kernels). Only a row of several dimensions that are
-            not in one another's order in memory is copied first.
+            or float64 (which runs on the CPU's scalar kernels, and raises on CUDA). Only a row of
+            several dimensions that are not in one another's order in memory is copied first.
         normalized_shape: an integer, or the sizes of the trailing dimensions.
         weight, bias: normalized_shape; any of the four dtypes, each its own.
         eps: added to the variance.
@@ -48,9 +48,9 @@ def layer_norm(
             Both name the argument.
 
     A row's result depends on nothing but that row, weight and bias. Differentiable in all three
-    tensors; the gradients of weight and bias are summed in float32, in an order that the shape
-    fixes. A second derivative or a forward-mode one raises. Autocast on the CPU leaves the dtype of
-    input, as it does in torch.
+    tensors; the gradients of weight and bias are summed in float32 or wider, in an order that the
+    shape fixes (on CUDA the shape and the GPU). A second derivative or a forward-mode one raises.
+    Autocast leaves the dtype of input; torch does so on the CPU.
 
     Source: Ba, Kiros and Hinton, Layer Normalization (2016).
 

@@ -40,8 +40,8 @@ def apply_rope(
     16-bit inputs, with one rounding at the end, whatever the dtype of the tables.
 
     Args:
-        x: (\*batch, heads, length, head_dim), any strides; float32, bfloat16, float16 or float64.
-            Up to 6 batch dimensions, or none.
+        x: (\*batch, heads, length, head_dim), any strides; float32, bfloat16, float16 or, on the
+            CPU, float64. Up to 6 batch dimensions, or none.
         cos, sin: tables (positions, rotary_dim / 2), as :func:`rope_tables` makes them; or a row
             for each token, (\*batch, length, rotary_dim / 2), where sizes of 1 broadcast. Any of
             the four dtypes, read as they are. (Hugging Face's models hand over every column twice:
@@ -61,7 +61,9 @@ def apply_rope(
         TypeError: for the type or dtype of an argument. ValueError: for its device, shape or value,
             a position outside of the tables, or cos or sin that require a gradient (there is none).
 
-    The gradient is the inverse rotation, differentiable in turn.
+    The gradient is the inverse rotation, differentiable in turn. On CUDA nothing waits for the GPU,
+    and so positions and offsets that lie there are not checked: a token whose position is outside
+    of the tables becomes NaN, as far as it is rotated.
 
     Source: Su et al., RoFormer: Enhanced Transformer with Rotary Position Embedding (2021).
 

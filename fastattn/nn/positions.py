@@ -30,7 +30,7 @@ class RotaryEmbedding(TableModule):
         rotary_dim: how many columns of each head are rotated, even; the others are left alone.
         max_length: the rows of the tables. They grow where a longer sequence comes, but not in a
             compiled graph, and not by what only a tensor tells (``positions``, the lengths of a
-            sliding-window cache): there a position beyond them raises.
+            sliding-window cache): there a position beyond them raises, or on CUDA gives NaN.
         base: of the frequencies, Hugging Face's rope_theta.
         scaling: a dictionary as Hugging Face's ``rope_scaling``: "linear", "ntk", "dynamic",
             "yarn" or "llama3"; see :func:`fastattn.functional.rope_tables`. With "dynamic" the

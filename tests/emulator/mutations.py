@@ -3,9 +3,9 @@
     python tests/emulator/mutations.py [--list] [--only FILE...] [--sample N] [--jobs N]
 
 Of csrc/cuda one thing at a time is changed: a barrier, a wait, a commit or a mask call is left out,
-a guard, a sign or a maximum is wrong (mutants.py finds them). Tests of attention on the emulated
-GPU run on each of these mutants, in two orders of threads, until one of them fails; a mutant that
-none of them notices has survived.
+a guard, a sign or a maximum is wrong (mutants.py finds them). Tests on the emulated GPU run on each
+of these mutants, in two orders of threads, until one of them fails; a mutant that none of them
+notices has survived.
 
 All mutants are compiled at once, each behind a switch, into an emulated build of their own in
 build/mutations. There the tests run with all switches off first: they must pass, and it shows which
@@ -35,26 +35,36 @@ SOURCES = ("csrc", "fastattn", "tests", "setup.py", "pyproject.toml", "README.md
 
 # Enough to catch what can be caught, and small.
 TESTS = [
-    "accuracy.py::test_decode_shapes",
-    "accuracy.py::test_every_feature_alone",
-    "accuracy.py::test_large_logits",
-    "accuracy.py::test_masks_and_biases_of_every_broadcast_shape",
-    "cuda.py::test_a_bias_may_be_shared_by_sequences_of_any_lengths",
-    "cuda.py::test_deterministic_gradients_do_not_depend_on_the_order_of_threads",
-    "cuda.py::test_poison_in_a_query_reaches_no_key_that_it_does_not_see",
-    "dropout.py::test_the_mask_is_that_of_the_reference_to_the_bit",
-    "dropout.py::test_dropout_keeps_the_accuracy_contract",
-    "dropout.py::test_the_gradient_of_a_bias_is_that_of_the_weights_that_were_kept",
-    "empty_and_hidden.py",
-    "strides.py::test_inputs_of_any_strides",
-    "varlen.py::test_packed_sequences_keep_the_accuracy_contract",
-    "varlen.py::test_unused_rows_are_zero_whatever_they_held",
-    "with_cache.py::test_any_split_through_pages_of_any_size",
-    "with_cache.py::test_any_split_through_a_ring_past_its_window",
-    "with_cache.py::test_int8_is_exact_for_what_it_holds",
-    "with_cache.py::test_int8_is_within_its_bound",
-    "with_cache.py::test_the_scale_of_a_hidden_key_may_be_anything",
-    "with_cache.py::test_everything_composes",
+    "attention_accuracy.py::test_decode_shapes",
+    "attention_accuracy.py::test_every_feature_alone",
+    "attention_accuracy.py::test_large_logits",
+    "attention_accuracy.py::test_masks_and_biases_of_every_broadcast_shape",
+    "attention_cuda.py::test_a_bias_may_be_shared_by_sequences_of_any_lengths",
+    "attention_cuda.py::test_deterministic_gradients_do_not_depend_on_the_order_of_threads",
+    "attention_cuda.py::test_poison_in_a_query_reaches_no_key_that_it_does_not_see",
+    "attention_dropout.py::test_the_mask_is_that_of_the_reference_to_the_bit",
+    "attention_dropout.py::test_dropout_keeps_the_accuracy_contract",
+    "attention_dropout.py::test_the_gradient_of_a_bias_is_that_of_the_weights_that_were_kept",
+    "attention_empty_and_hidden.py",
+    "attention_strides.py::test_inputs_of_any_strides",
+    "attention_varlen.py::test_packed_sequences_keep_the_accuracy_contract",
+    "attention_varlen.py::test_unused_rows_are_zero_whatever_they_held",
+    "attention_with_cache.py::test_any_split_through_pages_of_any_size",
+    "attention_with_cache.py::test_any_split_through_a_ring_past_its_window",
+    "attention_with_cache.py::test_int8_is_exact_for_what_it_holds",
+    "attention_with_cache.py::test_int8_is_within_its_bound",
+    "attention_with_cache.py::test_the_scale_of_a_hidden_key_may_be_anything",
+    "attention_with_cache.py::test_everything_composes",
+    "norm.py::test_every_width",
+    "norm.py::test_nan_and_infinity_stay_in_their_row",
+    "norm_cuda.py::test_gradients_do_not_depend_on_which_others_are_asked_for",
+    "norm_cuda.py::test_results_do_not_depend_on_the_order_of_threads",
+    "norm_cuda.py::test_rows_of_all_tiles",
+    "norm_ecosystem.py::test_dropout_keeps_the_accuracy_contract",
+    "activation.py::test_any_strides",
+    "activation_cuda.py",
+    "rope.py::test_any_combination",
+    "rope_cuda.py",
 ]
 WITHOUT = "torch.float16 or 4099"
 
@@ -110,7 +120,7 @@ def run(mutants: list[Mutant], count: int, jobs: int) -> list[Verdict]:
     (TREE / "runs").mkdir(exist_ok=True)
     runs = MutationRuns(mutants, count, TREE / "runs", jobs, tell)
     options = ["-q", "--no-header", "--capture=no", "-pno:cacheprovider", "-pno:faulthandler"]
-    options += ["-k", f"not ({WITHOUT})", *(f"tests/test_attention_{test}" for test in TESTS)]
+    options += ["-k", f"not ({WITHOUT})", *(f"tests/test_{test}" for test in TESTS)]
     if code := pytest.main(options, plugins=[runs]):
         raise SystemExit(f"pytest: {code!r}")
     return verdicts

@@ -2,7 +2,10 @@
 // is a cudaStream_t, as void*: no CUDA headers here.
 #pragma once
 
+#include "activation_params.h"
+#include "norm_params.h"
 #include "params.h"
+#include "rope_params.h"
 
 namespace fastattn::cuda {
 
@@ -34,6 +37,19 @@ struct ForwardChoice {
   const char* why_not_sm90;  // nullptr where it is
 };
 ForwardChoice attention_choice(const AttentionParams& params, const Place& place);
+
+// For float32, bfloat16 and float16; as those of attention start work and return. The workspace is
+// for dbias.
+size_t activation_backward_workspace(const ActivationParams& params, const Place& place);
+Status activation_forward(const ActivationParams& params, const Place& place);
+Status activation_backward(const ActivationParams& params, void* workspace, const Place& place);
+
+// Likewise. A token whose row is not one of the tables' becomes NaN, as far as it is rotated.
+Status rope(const RopeParams& params, const Place& place);
+// For an input of float32, bfloat16 or float16.
+Status norm_forward(const NormParams& params, const Place& place);
+size_t norm_backward_workspace(const NormGradParams& params, const Place& place);
+Status norm_backward(const NormGradParams& params, void* workspace, const Place& place);
 
 // What CUDA said about the last call in this thread that did not return Status::kOk.
 const char* last_error();

@@ -1,7 +1,7 @@
 // What the norm kernels are told. Strides are in elements; no data means absent.
 #pragma once
 
-#include "types.h"
+#include "params.h"
 
 namespace fastattn {
 
@@ -71,6 +71,7 @@ struct NormParams {
   // the sum of index * row_stride.
   double dropout_p;  // in [0, 1]; 0 without a residual
   uint64_t philox_seed, philox_offset;
+  IndexArray philox;  // as that of AttentionParams
   int64_t row_stride[kRowDims];
 };
 

@@ -38,8 +38,9 @@ struct RopeParams {
   int64_t batch_size[kRopeBatchDims];
   int64_t length, rotary_dim;
 
-  const void *cos, *sin;                 // (rows, rotary_dim / 2)
-  int64_t cos_stride[2], sin_stride[2];  // row, column
+  const void *cos, *sin;  // (rows, rotary_dim / 2)
+  int64_t table_rows;
+  int64_t cos_stride[2], sin_stride[2];                                        // row, column
   int64_t cos_batch_stride[kRopeBatchDims], sin_batch_stride[kRopeBatchDims];  // 0: one for all
 
   RopeIndices positions;  // (*batch, length), nullable

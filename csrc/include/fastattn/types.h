@@ -16,6 +16,13 @@
 #define FA_INLINE static inline
 #endif
 
+// In a function, before a loop over an array that is to stay in registers.
+#if defined(__CUDACC__)
+#define FA_UNROLL _Pragma("unroll")
+#else
+#define FA_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 // For the rare paths of what is inlined.
 #if defined(__GNUC__)
 #define FA_NOINLINE static __attribute__((noinline))

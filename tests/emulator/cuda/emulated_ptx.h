@@ -117,6 +117,13 @@ inline float exp2(float x) {
   return y < 0x1p-126f ? 0.0f : y;
 }
 
+// One off in the last place, as the instruction may be.
+inline float reciprocal(float x) {
+  const float y = 1.0f / x;
+  if (fabsf(y) < 0x1p-126f) return copysignf(0.0f, y);
+  return isinf(y) ? y : nextafterf(y, 0.0f);
+}
+
 template <typename T>
 inline uint32_t pack(float low, float high, T) {
   return emulator::rounded_bits(low, T{}) | emulator::rounded_bits(high, T{}) << 16;

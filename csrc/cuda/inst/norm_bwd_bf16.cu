@@ -1,0 +1,8 @@
+#include "../norm_bwd.cuh"
+
+namespace fastattn::cuda {
+
+template cudaError_t launch_norm_backward<bf16, bf16>(const NormBackwardParams&, cudaStream_t);
+template cudaError_t launch_norm_backward<bf16, float>(const NormBackwardParams&, cudaStream_t);
+
+}  // namespace fastattn::cuda

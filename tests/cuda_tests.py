@@ -1,0 +1,23 @@
+"""The test files of all that has CUDA kernels: they run at the levels of CUDA too (conftest.py).
+As a program this prints the paths of those that run at a level: python tests/cuda_tests.py sm80"""
+
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+ATTENTION = "test_attention_*.py"
+PATTERNS = (
+    *(ATTENTION, "test_norm*.py", "test_nn_norm.py"),
+    *("test_activation*.py", "test_rope.py", "test_rope_cuda.py"),
+)
+
+
+def run_at(level: str, path: Path) -> bool:
+    """Whether the tests of a file run at a level of CUDA: attention alone has kernels of sm90."""
+    patterns = (ATTENTION,) if level == "sm90" else PATTERNS
+    return any(fnmatch(path.name, pattern) for pattern in patterns)
+
+
+if __name__ == "__main__":
+    files = sorted(Path(__file__).parent.glob("test_*.py"))
+    print(*(path for path in files if run_at(sys.argv[1], path)))
