@@ -1,8 +1,8 @@
 """Every test that takes ``level`` runs once on every level, or says why it cannot.
 
-Levels are those of the CPU and, in test_attention_*.py alone, those of CUDA, whose kernels are of
-attention alone: "sm80" is an emulated GPU, in a build that has one (FASTATTN_CUDA=emulate), and
-"cuda" a real one. FASTATTN_CPU_ISA chooses one of all but the last.
+Levels are those of the CPU and, in the modules of ON_CUDA alone, those of CUDA: "sm80" is an
+emulated GPU, in a build that has one (FASTATTN_CUDA=emulate), and "cuda" a real one.
+FASTATTN_CPU_ISA chooses one of all but the last.
 """
 
 import os
@@ -13,22 +13,24 @@ import torch
 from fastattn import _C
 from fastattn.testing import running_on
 
-ATTENTION = "test_attention_"
+KERNELS = ("test_attention_", "test_kv_cache")  # beginnings of names
+LAYERS = ("test_nn_cache", "test_generation")  # which run on CUDA what takes level, and no more
+ON_CUDA = KERNELS + LAYERS
 
 
-def _levels(attention):
+def _levels(on_cuda):
     only = os.environ.get("FASTATTN_CPU_ISA")
     for name, obstacle in _C.cpu_levels():
-        if only in (None, "", name) and (attention or name != "sm80"):
+        if only in (None, "", name) and (on_cuda or name != "sm80"):
             marks = [pytest.mark.skip(reason=f"{name}: {obstacle}")] if obstacle else []
             yield pytest.param(name, id=name, marks=marks)
-    if attention and not only and _C.built_with_cuda and torch.cuda.is_available():
+    if on_cuda and not only and _C.built_with_cuda and torch.cuda.is_available():
         yield pytest.param("cuda", id="cuda")
 
 
 def pytest_generate_tests(metafunc):
     if "level" in metafunc.fixturenames:
-        levels = list(_levels(metafunc.module.__name__.startswith(ATTENTION)))
+        levels = list(_levels(metafunc.module.__name__.startswith(ON_CUDA)))
         metafunc.parametrize("level", levels, indirect=True)
 
 
@@ -36,8 +38,10 @@ def pytest_collection_modifyitems(items):
     if os.environ.get("FASTATTN_CPU_ISA") != "sm80":
         return
     for item in items:
-        if not item.path.name.startswith(ATTENTION):
-            item.add_marker(pytest.mark.skip(reason="sm80: has the kernels of attention alone"))
+        name = item.path.name
+        runs = name.startswith(LAYERS) and "level" in item.fixturenames
+        if not runs and not name.startswith(KERNELS):
+            item.add_marker(pytest.mark.skip(reason="sm80: nothing here runs on CUDA"))
 
 
 @pytest.fixture

@@ -26,6 +26,8 @@ std::atomic<bool>& emulation() {
   return on;
 }
 
+std::atomic<bool> hiding{false};
+
 }  // namespace
 
 cuda::Place place_of(const Tensor&) {
@@ -40,8 +42,12 @@ void set_emulating(bool on) {
   emulation().store(on, std::memory_order_relaxed);
 }
 
+void hide_from_host(bool on) {
+  hiding.store(on, std::memory_order_relaxed);
+}
+
 Backend backend_of(const Tensor&) {
-  return {.cuda = emulating(), .on_device = false};
+  return {.cuda = emulating(), .on_device = emulating() && hiding.load(std::memory_order_relaxed)};
 }
 
 #elif defined(FASTATTN_WITH_CUDA)
@@ -86,12 +92,16 @@ void check_cuda_status(Status status) {
 
 #endif
 
+void require_dtype_of(const Backend& backend, const char* argument, const Tensor& tensor) {
+  if (backend.cuda && float_dtype(tensor) == DType::kFloat64) {
+    fail(argument, "dtype float32, bfloat16 or float16 on CUDA", dtype_text(tensor));
+  }
+}
+
 void require_kernels(const Backend& backend, const AttentionParams& params, const Tensor& query,
                      const char* value_argument, const Tensor* value) {
   if (!backend.cuda) return;
-  if (params.dtype == DType::kFloat64) {
-    fail("query", "dtype float32, bfloat16 or float16 on CUDA", dtype_text(query));
-  }
+  require_dtype_of(backend, "query", query);
   const std::string expected = "a head_dim of 1 to " + got(cuda::kMaxHeadDim) + " on CUDA";
   if (params.head_dim > cuda::kMaxHeadDim) fail("query", expected, shape_text(query));
   if (value != nullptr && params.head_dim_v > cuda::kMaxHeadDim) {
@@ -121,6 +131,15 @@ void run_backward([[maybe_unused]] const Backend& backend, const AttentionGradPa
   }
 #endif
   check_status(cpu::attention_backward(params, torch_threads()));
+}
+
+void run_cache_write([[maybe_unused]] const Backend& backend, const CacheWriteParams& params,
+                     [[maybe_unused]] const Tensor& like) {
+#ifdef FASTATTN_WITH_CUDA
+  if (backend.cuda) return check_cuda_status(cuda::kv_cache_update(params, place_of(like)));
+#endif
+  if (params.update.num_tokens == 0) return;
+  check_status(cpu::kv_cache_update(params.update, torch_threads()));
 }
 
 std::string schedule_of([[maybe_unused]] const Backend& backend, const AttentionParams& params,

@@ -1,11 +1,12 @@
-// Which kernels an op runs on: csrc/cpu's, csrc/cuda's, or, in a build for tests, those of csrc/cuda
-// over an emulator that computes on the CPU. Here alone the ops learn of the difference.
+// Which kernels an op runs on: csrc/cpu's, csrc/cuda's, or, in a build for tests, those of
+// csrc/cuda over an emulator that computes on the CPU. Here alone the ops learn of the difference.
 #pragma once
 
 #include <memory>
 #include <string>
 
 #include "fastattn/cuda_api.h"
+#include "fastattn/kv_cache_params.h"
 #include "fastattn/params.h"
 #include "tensor_args.h"
 
@@ -37,14 +38,21 @@ void check_cuda_status(Status status);
 constexpr const char* kEmulatedLevel = "sm80";
 bool emulating();
 void set_emulating(bool on);
+// From now on the emulator's tensors are treated as those of a GPU: the host reads none, and so
+// refuses nothing that they hold.
+void hide_from_host(bool on);
 #endif
 
+// Throws unless the backend has kernels for the dtype of `tensor`.
+void require_dtype_of(const Backend& backend, const char* argument, const Tensor& tensor);
 // Throws unless the backend has kernels for this dtype and these head dims. `value` may be null.
 void require_kernels(const Backend& backend, const AttentionParams& params, const Tensor& query,
                      const char* value_argument, const Tensor* value);
 
 void run_forward(const Backend& backend, const AttentionParams& params, const Tensor& query);
 void run_backward(const Backend& backend, const AttentionGradParams& params, const Tensor& query);
+// Of params.rows where csrc/cuda writes, of params.update's tokens where csrc/cpu does.
+void run_cache_write(const Backend& backend, const CacheWriteParams& params, const Tensor& like);
 std::string schedule_of(const Backend& backend, const AttentionParams& params, const Tensor& query);
 
 // Uninitialised memory for the time of one op, on its device.

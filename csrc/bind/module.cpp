@@ -146,6 +146,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("emulates_cuda") = true;
   m.def("emulator_launches", &emulator::launches);
   m.def("set_emulator_seed", &emulator::set_seed, py::arg("seed"));
+  m.def("hide_from_host", &bind::hide_from_host, py::arg("on"));
 #else
   m.attr("emulates_cuda") = false;
 #endif

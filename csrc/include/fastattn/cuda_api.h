@@ -2,6 +2,7 @@
 // is a cudaStream_t, as void*: no CUDA headers here.
 #pragma once
 
+#include "kv_cache_params.h"
 #include "params.h"
 
 namespace fastattn::cuda {
@@ -32,6 +33,9 @@ struct ForwardChoice {
   int32_t queries, keys, heads, parts;
 };
 ForwardChoice attention_choice(const AttentionParams& params, const Place& place);
+
+// For the same dtypes. Starts work in the stream and returns; it needs no workspace.
+Status kv_cache_update(const CacheWriteParams& params, const Place& place);
 
 // What CUDA said about the last call in this thread that did not return Status::kOk.
 const char* last_error();
