@@ -235,6 +235,7 @@ AXES = {
     "dtype": (*DTYPES, torch.float64),
     "quantized": (False, False, True),
     "layout": ("bhsd", "bshd"),
+    "aligned": (False, True),
     "head_dim": (3, 8, 17, 64),
     "value_dim": (None, 5, 32),
     "heads": ((1, 1), (4, 2), (6, 1), (3, 3), (14, 2)),
@@ -272,7 +273,7 @@ class Case:
     def __init__(self, case, seed):
         pick = random.Random(seed)
         heads, kv_heads = case["heads"]
-        names = ("storage", "dtype", "quantized", "layout", "head_dim", "value_dim")
+        names = ("storage", "dtype", "quantized", "layout", "aligned", "head_dim", "value_dim")
         shape = {n: case[n] for n in (*names, "page_size", "capacity")}
         self.caches = Caches(**shape, batch=3, kv_heads=kv_heads, seed=seed)
         self.case, self.pick, self.seed = case, pick, seed

@@ -19,8 +19,9 @@ AXES = {
     "dtype": (*DTYPES, torch.float64),
     "quantized": (False, True),
     "layout": ("bhsd", "bshd"),
-    "head_dim": (1, 3, 8, 17, 40, 64, 129),
-    "value_dim": (None, 1, 24),
+    "aligned": (False, True),
+    "head_dim": (1, 3, 8, 17, 40, 64, 128, 129),
+    "value_dim": (None, None, 1, 24),
     "kv_heads": (1, 2, 3),
     "page_size": (1, 3, 16, 17, 64),
     "positions": ("int", "batch", "rows", "packed", "slots"),
@@ -65,8 +66,8 @@ def place(case, caches, pick):
 
 
 def caches_of(case, seed, **more):
-    names = ("dtype", "quantized", "layout", "head_dim", "value_dim", "storage", "kv_heads")
-    shape = {n: case[n] for n in (*names, "page_size") if n in case}
+    names = ("dtype", "quantized", "layout", "aligned", "head_dim", "value_dim", "storage")
+    shape = {n: case[n] for n in (*names, "kv_heads", "page_size") if n in case}
     return Caches(**shape, batch=3, capacity=29, seed=seed, **more)
 
 
@@ -112,10 +113,11 @@ def test_an_expanded_key_is_written_to_every_request(level):
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("rotary_dim", [2, 16, 38, 40])
-def test_keys_are_rotated_by_their_positions(level, dtype, interleaved, rotary_dim):
+@pytest.mark.parametrize("aligned", [False, True])
+def test_keys_are_rotated_by_their_positions(level, dtype, interleaved, rotary_dim, aligned):
     skip_without_kernels(dtype)
     for storage, table_dtype in (("contiguous", dtype), ("paged", torch.float32)):
-        caches = Caches(storage, head_dim=40, dtype=dtype)
+        caches = Caches(storage, head_dim=40, dtype=dtype, aligned=aligned)
         rope = rope_tables(32, rotary_dim, dtype=table_dtype)
         key, value = caches.rows_of(6, seed=rotary_dim)
         exact = caches.copy()
@@ -154,8 +156,10 @@ def test_rope_positions_may_be_others_than_those_of_the_rows(level, form):
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
-def test_int8_rotates_before_it_rounds(level, interleaved):
-    caches = Caches(quantized=True, head_dim=48)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_int8_rotates_before_it_rounds(level, interleaved, dtype, aligned):
+    caches = Caches(quantized=True, head_dim=48, dtype=dtype, aligned=aligned)
     rope = rope_tables(32, 32)
     pair = caches.rows_of(9, seed=2)
     got, want = write_both(caches, *pair, 4, rope=rope, interleaved=interleaved)
