@@ -38,7 +38,8 @@ gpu:
 
 emulated: $(VENV)/.ready-test
 	FASTATTN_CUDA=emulate $(BIN)/python setup.py -q build --build-lib build/emulated_cuda
-	PYTHONPATH=build/emulated_cuda FASTATTN_CPU_ISA=sm80 $(BIN)/pytest -q -m "not slow" tests/test_attention_*.py
+	PYTHONPATH=build/emulated_cuda FASTATTN_CPU_ISA=sm80 $(BIN)/pytest -q -m "not slow" tests/test_attention_*.py tests/test_kv_cache_*.py \
+	  tests/test_nn_cache.py tests/test_generation.py
 
 example: $(VENV)/.ready-examples build
 	$(BIN)/python examples/$(NAME).py $(ARGS)

@@ -62,7 +62,12 @@ _FUNCTIONS_ON_CUDA = {
     "attention_varlen": "yes",
     "scaled_dot_product_attention": "yes",
     "merge_attention": "yes",
-    "attention_with_cache": "without key, value and rope",
+    "kv_cache_update": "yes",
+    "attention_with_cache": "yes",
+    "nn.KVCache": "yes",
+    "nn.SlidingWindowKVCache": "yes",
+    "nn.PagedKVCache": "yes",
+    "generate": "yes",
     "linear": "torch's",
     "nn.Linear": "torch's",
 }
