@@ -41,6 +41,13 @@ def measure(seconds: float, side: int = SIDE, copied_bytes: int = COPIED_BYTES) 
     return CudaCeilings(matmul, _copy_rate(copied_bytes, seconds))
 
 
+def read_rate(seconds: float, size: int = COPIED_BYTES) -> float:
+    """Bytes/s of a sum that reads device memory and writes next to nothing."""
+    source = torch.zeros(size // 4, device="cuda")
+    out = torch.empty((), device="cuda")
+    return size / _median_seconds(lambda: torch.sum(source, dim=0, out=out), seconds)
+
+
 def _matmul_rate(side: int, dtype: torch.dtype, seconds: float) -> float:
     a, b = (torch.randn(side, side, device="cuda").to(dtype) for _ in range(2))
     out = torch.empty_like(a)

@@ -3,10 +3,11 @@
     build       with FASTATTN_CUDA=1, in place
     probe       what runs here, and a kernel that says so
     tests       those of what has CUDA kernels, on the GPU
-    memcheck    compute-sanitizer over every kind of attention and the norms, on small shapes
+    memcheck    compute-sanitizer over every kind of call that has kernels, on small shapes
     racecheck   the same, for races in shared memory
     bench       the benchmarks of the GPU, into benchmarks/results/<device>/
                 (FULL=1: the whole grid, for up to an hour)
+    decode      a captured decode step of a large model, into the same folder
 
 It installs nothing: the Python that runs it has torch and all that the stages need. Every stage has
 a log in build/gpu, a budget of seconds (and what the stages before it have left of theirs), and
@@ -85,7 +86,7 @@ def stages() -> list[Stage]:
     python, here = sys.executable, {"PYTHONPATH": str(ROOT)}
     listing = [python, str(ROOT / "tests" / "cuda_tests.py"), "cuda"]
     tests = subprocess.run(listing, capture_output=True, text=True, check=True).stdout.split()
-    bench = 3600 if os.environ.get("FULL", "0") not in ("", "0") else 160
+    bench = 3600 if os.environ.get("FULL", "0") not in ("", "0") else 130
     return [
         Stage(
             "build",
@@ -101,6 +102,7 @@ def stages() -> list[Stage]:
         sanitizer("memcheck", 60, here),
         sanitizer("racecheck", 60, here),
         Stage("bench", [python, str(HERE / "run.py"), "--device=cuda", "--save"], bench, here),
+        Stage("decode", [python, str(HERE / "decode_step.py"), "--save"], 50, here),
     ]
 
 
@@ -148,6 +150,7 @@ def dry_stages() -> list[Stage]:
         Stage("memcheck", calls, 200, here),
         Stage("racecheck", [], 0, obstacle="the emulator looks for races wherever it runs"),
         Stage("bench", [python, str(HERE / "run.py"), *rows], 200, here | {"QUICK": "1"}),
+        Stage("decode", [python, str(HERE / "decode_step.py"), "--device=cpu"], 60, here),
     ]
 
 
@@ -243,10 +246,10 @@ def record(known: dict[str, object], outcomes: list[Outcome]) -> None:
 
 
 def results_folder(known: dict[str, object], outcomes: list[Outcome]) -> Path | None:
-    """Where the bench stage has saved its results, if it ran and a GPU has a name."""
+    """Where the benchmarks have saved their results, if they ran and a GPU has a name."""
     gpu = known["gpu"]
     assert isinstance(gpu, dict)
-    ran = any(outcome.stage == "bench" for outcome in outcomes)
+    ran = any(outcome.stage in ("bench", "decode") for outcome in outcomes)
     return machine.gpu_results_folder(gpu["name"]) if ran and "name" in gpu else None
 
 

@@ -17,7 +17,13 @@ from typing import Any
 
 import torch
 from fastattn import functional
-from fastattn.functional import attention, attention_varlen, attention_with_cache
+from fastattn.functional import (
+    attention,
+    attention_varlen,
+    attention_with_cache,
+    kv_cache_update,
+    rope_tables,
+)
 from fastattn.testing import cotangents, randn
 from torch import Tensor
 
@@ -46,6 +52,8 @@ def calls() -> Iterator[tuple[str, Call]]:
     yield "causal, grouped heads", partial(_trained, (1, 6, 2, 97, 161, 128), causal=True)
     yield "decode", partial(_decoded, 1)
     yield "decode, pages", partial(_decoded, 1, page_rows=16)
+    yield "cache write", _written
+    yield "decode, new rows, rotated", partial(_decoded, 1, new=True)
     for head_dim in (64, 96, 128, 256):
         for dtype in DTYPES:
             shape = (1, 2, 1, 70, 133, head_dim)
@@ -62,6 +70,11 @@ def calls() -> Iterator[tuple[str, Call]]:
     yield "decode, several rows", partial(_decoded, 3, causal=True)
     for name, norm in _norms().items():
         yield name, norm
+    yield "decode, int8, new rows, rotated", partial(_decoded, 2, dtype=torch.int8, new=True)
+    yield "decode, pages, new rows, rotated", partial(_decoded, 3, page_rows=16, new=True)
+    yield "cache write, int8", partial(_written, dtype=torch.int8)
+    yield "cache write, odd head_dim", partial(_written, head_dim=81)
+    yield "cache write, slots", partial(_written, slots=True)
     for name, options in _options().items():
         yield name, partial(_trained, (2, 2, 2, 83, 97, 40), **options)
 
@@ -172,8 +185,10 @@ def _decoded(
     page_rows: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     causal: bool = False,
+    new: bool = False,
 ) -> tuple[Tensor, ...]:
-    """Of two requests over a cache, contiguous or in pages, of 700 rows."""
+    """Of two requests over a cache, contiguous or in pages, of 700 rows. new: with keys and values
+    of their own, which are written first."""
     pages = -(-700 // page_rows) if page_rows else 1
     shape = (2 * pages, 2, page_rows or 700, 128)
     arguments: dict[str, Any] = {
@@ -188,12 +203,50 @@ def _decoded(
         for name in ("k", "v"):
             arguments[f"{name}_cache"] = (50 * arguments[f"{name}_cache"]).char()
             arguments[f"{name}_scale"] = torch.full(shape[:-1], 0.02)
+    if new:
+        rows = (randn(2, 2, queries, 128, seed=seed, dtype=torch.bfloat16) for seed in (4, 5))
+        arguments |= dict(zip(("key", "value"), rows))
+        arguments |= {"rope": rope_tables(128, 700), "causal": True}
+        arguments["cache_lengths"] -= queries
     with torch.no_grad():
-        return attention_with_cache(**_placed(arguments, device), causal=causal, return_lse=True)
+        return attention_with_cache(
+            **_placed({"causal": causal} | arguments, device), return_lse=True
+        )
+
+
+def _written(
+    *,
+    device: str,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    slots: bool = False,
+) -> tuple[Tensor, ...]:
+    """The caches after a write of 5 rows of two requests, which stand beyond their end in part."""
+    int8 = dtype == torch.int8
+    shape = (2, 3, 40, head_dim)
+    drawn = [randn(2, 3, 5, head_dim, seed=seed, dtype=torch.bfloat16) for seed in (1, 2)]
+    arguments: dict[str, Any] = {"positions": torch.tensor([1, 37 if device != "cpu" else 35])}
+    if slots:
+        drawn = [x.transpose(1, 2).flatten(0, 1) for x in drawn]
+        arguments["positions"] = torch.tensor([0, 7, -1, 7, 79, 40, 41, -5, 42, 43])
+    else:
+        arguments["rope"] = tuple(x[:, : head_dim // 2] for x in rope_tables(128, 40))
+    caches = {name: torch.zeros(shape, dtype=dtype) for name in ("k_cache", "v_cache")}
+    if int8:
+        caches |= {name: torch.zeros(shape[:-1]) for name in ("k_scale", "v_scale")}
+    caches = _placed(caches, device)
+    rows = dict(zip(("key", "value"), drawn))
+    kv_cache_update(**caches, **_placed(rows | arguments, device))
+    return tuple(caches.values())
 
 
 def _placed(arguments: dict[str, Any], device: str) -> dict[str, Any]:
-    return {n: x.to(device) if isinstance(x, Tensor) else x for n, x in arguments.items()}
+    def moved(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return tuple(map(moved, x))
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    return {name: moved(x) for name, x in arguments.items()}
 
 
 def main(argv: list[str] | None = None) -> int:

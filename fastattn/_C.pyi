@@ -32,6 +32,10 @@ def emulator_launches() -> int:
 def set_emulator_seed(seed: int) -> None:
     """Choose the order in which the emulator runs threads. Only where there are emulated_levels."""
 
+def hide_from_host(on: bool) -> None:
+    """From now on the emulator's tensors are treated as those of a GPU, which the host does not
+    read: nothing that they hold is refused. Only where emulates_cuda."""
+
 def cpu_peak(what: str, rounds: int) -> float:
     """FLOPs of `rounds` rounds of the products that attention of a dtype ("fp32", "bf16", "fp16")
     is made of at the level in use, or exponentials in float32 ("exp"), on registers and on every

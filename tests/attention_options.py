@@ -124,4 +124,10 @@ def skip_on_gpu(reason):
 def here(options):
     """Options that were made when the module was loaded, on the default device of now."""
     device = torch.get_default_device()
-    return {n: x.to(device) if isinstance(x, torch.Tensor) else x for n, x in options.items()}
+
+    def moved(x):
+        if isinstance(x, tuple):
+            return tuple(map(moved, x))
+        return x.to(device) if isinstance(x, torch.Tensor) else x
+
+    return {name: moved(x) for name, x in options.items()}

@@ -11,13 +11,15 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 SENTINEL = 77  # of int8, where floating-point memory is NaN
 
 
-def guarded(*shape, dtype):
-    """(buffer, view of the shape): the view has a band around it in every dimension."""
-    integer = not dtype.is_floating_point
-    buffer = torch.full([n + 2 for n in shape], SENTINEL if integer else torch.nan, dtype=dtype)
-    view = buffer
+def guarded(*shape, dtype, columns=1):
+    """(buffer, view of the shape): the view has a band around it in every dimension, one wide, but
+    for the last one, where it has ``columns``."""
+    bands = [1] * (len(shape) - 1) + [columns]
+    sentinel = torch.nan if dtype.is_floating_point else SENTINEL
+    sizes = [n + 2 * band for n, band in zip(shape, bands, strict=True)]
+    view = buffer = torch.full(sizes, sentinel, dtype=dtype)
     for dim, size in enumerate(shape):
-        view = view.narrow(dim, 1, size)
+        view = view.narrow(dim, bands[dim], size)
     return buffer, view
 
 
@@ -31,7 +33,8 @@ class Caches:
     """k_cache, v_cache and what goes with them, in memory whose every byte can be compared.
 
     storage: "contiguous", "ring" or "paged". With ``quantized`` they are int8 with scales, else
-    they have ``dtype``. Pages of a request are drawn at random, and so do not lie in order.
+    they have ``dtype``. Pages of a request are drawn at random, and so do not lie in order. With
+    ``aligned`` the bands leave rows of a multiple of 16 bytes at such an address.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Caches:
         quantized=False,
         page_size=4,
         layout="bhsd",
+        aligned=False,
         seed=0,
     ):
         self.storage, self.layout, self.dtype, self.quantized = storage, layout, dtype, quantized
@@ -80,7 +84,8 @@ class Caches:
             shapes |= {"k_scale": (entries, *inner), "v_scale": (entries, *inner)}
         for name, shape in shapes.items():
             kind = torch.float32 if "scale" in name else stored
-            self.buffers[name], self.views[name] = guarded(*shape, dtype=kind)
+            columns = 16 if aligned and "cache" in name else 1
+            self.buffers[name], self.views[name] = guarded(*shape, dtype=kind, columns=columns)
 
     def copy(self):
         return copy.deepcopy(self)

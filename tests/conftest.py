@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_tests import run_at
+from cuda_tests import LAYERS, run_at
 
 from fastattn import _C
 from fastattn.support import cuda_level
@@ -38,7 +38,8 @@ def pytest_collection_modifyitems(items):
     if level not in _C.emulated_levels:
         return
     for item in items:
-        if not run_at(level, item.path):
+        without_level = item.path.name in LAYERS and "level" not in item.fixturenames
+        if without_level or not run_at(level, item.path):
             reason = f"{level}: what is tested has no kernels of its own"
             item.add_marker(pytest.mark.skip(reason=reason))
 

@@ -8,13 +8,15 @@ from pathlib import Path
 ATTENTION = "test_attention_*.py"
 PATTERNS = (
     *(ATTENTION, "test_norm*.py", "test_nn_norm.py"),
-    *("test_activation*.py", "test_rope.py", "test_rope_cuda.py"),
+    *("test_activation*.py", "test_rope.py", "test_rope_cuda.py", "test_kv_cache_*.py"),
 )
+# What is built of these: on CUDA only the tests that take ``level`` run.
+LAYERS = ("test_nn_cache.py", "test_generation.py")
 
 
 def run_at(level: str, path: Path) -> bool:
     """Whether the tests of a file run at a level of CUDA: attention alone has kernels of sm90."""
-    patterns = (ATTENTION,) if level == "sm90" else PATTERNS
+    patterns = (ATTENTION,) if level == "sm90" else (*PATTERNS, *LAYERS)
     return any(fnmatch(path.name, pattern) for pattern in patterns)
 
 

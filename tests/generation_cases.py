@@ -43,7 +43,9 @@ def language_model(
 
 
 def prompts(batch=3, length=6, seed=0, vocab=VOCAB):
-    return torch.randint(vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+    drawn = torch.Generator("cpu").manual_seed(seed)
+    tokens = torch.randint(vocab, (batch, length), generator=drawn, device="cpu")
+    return tokens.to(torch.get_default_device())
 
 
 def generated(model, tokens, **options):

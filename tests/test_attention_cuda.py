@@ -110,21 +110,6 @@ def test_an_op_without_a_cuda_kernel_says_so():
 
 
 @gpu
-def test_a_cache_is_read_and_not_yet_written(cuda):
-    query, key, value = attention_inputs(queries=2, keys=9).values()
-    lengths = torch.tensor([9, 4])
-    want = fa.attention(query, key, value, key_lengths=lengths)
-    got = fa.attention_with_cache(query, key, value, cache_lengths=lengths)
-    torch.testing.assert_close(got, want)
-    rows = {"key": key[:, :, :2], "value": value[:, :, :2]}
-    with pytest.raises(ValueError, match=r"^key: expected None on CUDA, where kv_cache_update"):
-        fa.attention_with_cache(query, key, value, cache_lengths=0, **rows)
-    rope = (torch.ones(9, 8), torch.zeros(9, 8))
-    with pytest.raises(ValueError, match=r"^rope: expected None on CUDA, where apply_rope"):
-        fa.attention_with_cache(query, key, value, cache_lengths=lengths, rope=rope)
-
-
-@gpu
 @pytest.mark.parametrize("name", ["query_lengths", "key_lengths", "mask", "sink", "key"])
 def test_tensors_of_two_devices_are_refused_before_they_are_read(cuda, name):
     right = attention_inputs(queries=4) | {

@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from attention_options import skip_on_gpu, skip_without_kernels
+from attention_options import here, skip_without_kernels
 from cache_cases import Caches, rope_tables
 from test_attention_ecosystem import Recorder
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -23,7 +23,6 @@ from fastattn.testing import (
 )
 
 TOTAL = 53
-NO_WRITES = "kv_cache_update and apply_rope have no kernels there"
 
 
 class Whole:
@@ -87,7 +86,6 @@ def steps_of(split):
 
 def attend_in_steps(whole, caches, split, **options):
     """(out, lse) of all rows, computed through the caches."""
-    skip_on_gpu(NO_WRITES)
     query = whole.inputs[0]
     out = query.new_full((*query.shape[:-1], whole.inputs[2].shape[-1]), math.nan)
     lse = torch.full(
@@ -143,8 +141,9 @@ SPLITS = ("tokens", "chunks", "halves", "mixed")
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_any_split_of_a_sequence_gives_what_the_whole_gives(level, dtype, split, options):
-    whole = Whole(dtype, **OPTIONS[options])
-    got = attend_in_steps(whole, whole.caches("contiguous"), split, **OPTIONS[options])
+    given = here(OPTIONS[options])
+    whole = Whole(dtype, **given)
+    got = attend_in_steps(whole, whole.caches("contiguous"), split, **given)
     assert_whole(whole, got)
 
 
@@ -152,9 +151,10 @@ def test_any_split_of_a_sequence_gives_what_the_whole_gives(level, dtype, split,
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("layout", ["bhsd", "bshd"])
 def test_any_split_through_pages_of_any_size(level, page_size, split, layout):
-    whole = Whole(layout=layout, **OPTIONS["everything"])
+    given = here(OPTIONS["everything"])
+    whole = Whole(layout=layout, **given)
     caches = whole.caches("paged", page_size)
-    assert_whole(whole, attend_in_steps(whole, caches, split, **OPTIONS["everything"]))
+    assert_whole(whole, attend_in_steps(whole, caches, split, **given))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -235,6 +235,7 @@ AXES = {
     "dtype": (*DTYPES, torch.float64),
     "quantized": (False, False, True),
     "layout": ("bhsd", "bshd"),
+    "aligned": (False, True),
     "head_dim": (3, 8, 17, 64),
     "value_dim": (None, 5, 32),
     "heads": ((1, 1), (4, 2), (6, 1), (3, 3), (14, 2)),
@@ -272,7 +273,7 @@ class Case:
     def __init__(self, case, seed):
         pick = random.Random(seed)
         heads, kv_heads = case["heads"]
-        names = ("storage", "dtype", "quantized", "layout", "head_dim", "value_dim")
+        names = ("storage", "dtype", "quantized", "layout", "aligned", "head_dim", "value_dim")
         shape = {n: case[n] for n in (*names, "page_size", "capacity")}
         self.caches = Caches(**shape, batch=3, kv_heads=kv_heads, seed=seed)
         self.case, self.pick, self.seed = case, pick, seed
@@ -295,6 +296,7 @@ class Case:
         if packed:
             bounds = [0, *torch.tensor(counts).cumsum(0).tolist()]
             options["cu_seqlens_q"] = torch.tensor(bounds, dtype=integer)
+            options["max_seqlen_q"] = queries
             rows = bounds[-1] + pick.choice([0, 2])
         if case["starts"]:
             starts = [pick.choice([pick.randint(0, n), n + 3]) for n in self.after]
@@ -379,10 +381,11 @@ class Case:
 
 @pytest.mark.parametrize("seed", range(len(CASES)))
 def test_everything_composes(level, seed):
-    drawn = CASES[seed]
+    check(CASES[seed], seed)
+
+
+def check(drawn, seed):
     skip_without_kernels(drawn["dtype"])
-    if drawn["new"] or drawn["rope"]:
-        skip_on_gpu(NO_WRITES)
     case = Case(drawn, seed)
     results, caches = case.run(fa.attention_with_cache)
     with one_thread():
@@ -419,7 +422,6 @@ def singles(inputs, counts, **options):
 @pytest.mark.parametrize("side", ["left", "right", "packed"])
 @pytest.mark.parametrize("storage", ["contiguous", "paged"])
 def test_padded_batches_have_the_bits_of_single_samples(level, dtype, side, storage):
-    skip_on_gpu(NO_WRITES)
     counts, longest = [30, 0, 1, 17, 40], 40
     shapes = ((5, 4, longest, 16), (5, 2, longest, 16), (5, 2, longest, 16))
     inputs = [randn(*s, seed=i + 1, dtype=dtype) for i, s in enumerate(shapes)]
@@ -473,7 +475,6 @@ def test_padded_batches_have_the_bits_of_single_samples(level, dtype, side, stor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("storage", ["contiguous", "ring", "paged"])
 def test_batch_invariant_bits_do_not_depend_on_split_or_storage(level, dtype, storage):
-    skip_on_gpu(NO_WRITES)
     options = {"window": (30, 0), "rope": rope_tables(TOTAL, 16), "batch_invariant": True}
     whole = Whole(dtype, **options)
     query, key, value = whole.inputs
@@ -495,8 +496,8 @@ def test_batch_invariant_bits_do_not_depend_on_split_or_storage(level, dtype, st
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_generation_continues_from_padded_prompts(level, side):
     """Prompts of 9, 2 and 5 rows, then 20 single rows, equal the sequences alone."""
-    skip_on_gpu(NO_WRITES)
-    whole = Whole(**OPTIONS["everything"])
+    given = here(OPTIONS["everything"])
+    whole = Whole(**given)
     prompts, longest, steps = [9, 2, 5], 9, 20
     lengths = torch.tensor(prompts)
     caches = whole.caches("paged", 3)
@@ -523,7 +524,7 @@ def test_generation_continues_from_padded_prompts(level, side):
             key=k,
             value=v,
             key_starts=starts,
-            **(caches.options() | OPTIONS["everything"] | more),
+            **(caches.options() | given | more),
         )
         before = before + (lengths if more else q.shape[2])
         for b, n in enumerate(new):
@@ -539,7 +540,6 @@ def test_generation_continues_from_padded_prompts(level, side):
 @pytest.mark.parametrize("kind", ["transposed", "fused", "strided", "columns", "guarded"])
 @pytest.mark.parametrize("queries", [1, 20])
 def test_any_strides(level, kind, queries):
-    skip_on_gpu(NO_WRITES)
     caches = Caches(batch=3, capacity=60, head_dim=16)
     filled = caches.rows_of(40, seed=1)
     fa.kv_cache_update(*caches.tensors(), *filled, 0)
@@ -562,7 +562,6 @@ def test_any_strides(level, kind, queries):
 @pytest.mark.parametrize("storage", ["contiguous", "ring", "paged"])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_reading_and_writing_touch_no_guard_band(level, storage, quantized):
-    skip_on_gpu(NO_WRITES)
     shape = {"batch": 3, "capacity": 30, "head_dim": 13, "page_size": 7}
     caches = Caches(storage, **shape, quantized=quantized)
     pick = random.Random(5)
@@ -586,7 +585,6 @@ def test_reading_and_writing_touch_no_guard_band(level, storage, quantized):
 @pytest.mark.parametrize("count", [1, 2, 3])
 @pytest.mark.parametrize("queries", [1, 33])
 def test_the_number_of_threads_changes_no_bit(level, threads, count, queries):
-    skip_on_gpu(NO_WRITES)
     caches = Caches("paged", batch=3, capacity=400, kv_heads=2, head_dim=64, page_size=16)
     fa.kv_cache_update(*caches.tensors(), *caches.rows_of(350, seed=1), 0, **caches.options())
     query = randn(3, 8, queries, 64, seed=2)
@@ -603,7 +601,6 @@ def test_the_number_of_threads_changes_no_bit(level, threads, count, queries):
 
 
 def test_empty_requests_and_batches(level):
-    skip_on_gpu(NO_WRITES)
     for storage in ("contiguous", "paged"):
         caches = Caches(storage, batch=2)
         q, (k, v) = randn(2, 4, 3, 8, seed=1), caches.rows_of(3, seed=2)

@@ -427,6 +427,8 @@ def test_padded_prompts_are_continued_as_they_are_alone(level, make, side):
             wide.append(room)
         ragged = side == "right" and step == 0
         more = {"query_lengths": torch.tensor(new)} if ragged else {}
+        if make is paged:
+            cache.reserve(new)  # the host does not look for lengths on a GPU
         for layer in range(LAYERS):
             out = cache.attend(layer, *wide, **more, **options)
             for b, one in enumerate(alone):
@@ -489,6 +491,8 @@ def test_a_packed_prompt_longer_than_a_ring(level):
 def test_cross_attention_writes_once_and_reads_often(level, make):
     cache, (_, k, v) = make(), tensors(20)
     lengths = torch.tensor([20, 11])
+    if make is paged:
+        cache.reserve([20, 11])
     for layer in range(LAYERS):
         cache.update(layer, k, v, lengths=lengths)
     cache.advance(lengths)

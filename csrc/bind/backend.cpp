@@ -28,6 +28,8 @@ std::atomic<int>& device_in_use() {
   return device;
 }
 
+std::atomic<bool> hiding{false};
+
 }  // namespace
 
 cuda::Place place_of(const Tensor&) {
@@ -48,8 +50,13 @@ void set_emulated_device(int device) {
   device_in_use().store(device, std::memory_order_relaxed);
 }
 
+void hide_from_host(bool on) {
+  hiding.store(on, std::memory_order_relaxed);
+}
+
 Backend backend_of(const Tensor&) {
-  return {.cuda = emulated_device() != kNotEmulated, .on_device = false};
+  const bool emulated = emulated_device() != kNotEmulated;
+  return {.cuda = emulated, .on_device = emulated && hiding.load(std::memory_order_relaxed)};
 }
 
 #elif defined(FASTATTN_WITH_CUDA)
@@ -133,6 +140,15 @@ void run_backward([[maybe_unused]] const Backend& backend, const AttentionGradPa
   }
 #endif
   check_status(cpu::attention_backward(params, torch_threads()));
+}
+
+void run_cache_write([[maybe_unused]] const Backend& backend, const CacheWriteParams& params,
+                     [[maybe_unused]] const Tensor& like) {
+#ifdef FASTATTN_WITH_CUDA
+  if (backend.cuda) return check_cuda_status(cuda::kv_cache_update(params, place_of(like)));
+#endif
+  if (params.update.num_tokens == 0) return;
+  check_status(cpu::kv_cache_update(params.update, torch_threads()));
 }
 
 std::string schedule_of([[maybe_unused]] const Backend& backend, const AttentionParams& params,

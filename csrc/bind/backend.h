@@ -6,6 +6,7 @@
 #include <string>
 
 #include "fastattn/cuda_api.h"
+#include "fastattn/kv_cache_params.h"
 #include "fastattn/params.h"
 #include "tensor_args.h"
 
@@ -41,6 +42,9 @@ int emulated_device(const std::string& level);
 // That of the level in use, by FASTATTN_CPU_ISA at first.
 int emulated_device();
 void set_emulated_device(int device);
+// From now on the emulator's tensors are treated as those of a GPU: the host reads none, and so
+// refuses nothing that they hold.
+void hide_from_host(bool on);
 #endif
 
 // Throws unless the backend has kernels for the dtype of a tensor.
@@ -52,6 +56,8 @@ void require_kernels(const Backend& backend, const AttentionParams& params, cons
 
 void run_forward(const Backend& backend, const AttentionParams& params, const Tensor& query);
 void run_backward(const Backend& backend, const AttentionGradParams& params, const Tensor& query);
+// Of params.rows where csrc/cuda writes, of params.update's tokens where csrc/cpu does.
+void run_cache_write(const Backend& backend, const CacheWriteParams& params, const Tensor& like);
 // The schedule of a call; on CUDA, in lines of their own, also the architecture that the kernel is
 // written for, why it is not that of sm_90, and its tiles.
 std::string schedule_of(const Backend& backend, const AttentionParams& params, const Tensor& query);

@@ -2,10 +2,6 @@
 
 #include <limits>
 
-#include "fastattn/api.h"
-#include "status.h"
-#include "threads.h"
-
 namespace fastattn::bind {
 namespace {
 
@@ -101,16 +97,16 @@ void set_pages(CacheStorage& storage, const CacheTensors& t) {
 }
 
 // Row `position` of sequence b takes a row of the caches and of the tables.
-CacheToken place(const CacheStorage& storage, const RotaryTables& tables, const RowsByStart& rows,
-                 int64_t b, int64_t row, int64_t position) {
+CacheToken place(const CacheStorage& storage, const RotaryTables& tables, const char* argument,
+                 const NewRows& rows, int64_t b, int64_t row, int64_t position) {
   CacheToken token{};
-  token.batch = rows.packed ? 0 : b;
-  token.row = rows.packed ? index_at(rows.cu_seqlens, b) + row : row;
+  token.batch = is_packed(rows) ? 0 : b;
+  token.row = is_packed(rows) ? index_at(rows.cu_seqlens, b) + row : row;
   token.position = position;
   if (rows.key_starts.data != nullptr) {  // padding before the start is seen by none
     token.position = max_of<int64_t>(position - index_at(rows.key_starts, b), 0);
   }
-  if (tables.present()) check_table_position(tables, rows.argument, token.position);
+  if (tables.present()) check_table_position(tables, argument, token.position);
   storage.locate(b, position, &token);
   return token;
 }
@@ -182,19 +178,19 @@ void check_table_position(const RotaryTables& tables, const char* argument, int6
   }
 }
 
-NewRows rows_by_start(const CacheStorage& storage, const RotaryTables& tables,
-                      const RowsByStart& rows) {
-  NewRows result;
+CacheTokens tokens_of_sequences(const CacheStorage& storage, const RotaryTables& tables,
+                                const char* argument, const NewRows& rows) {
+  CacheTokens result;
   result.distinct = !storage.paged;  // two sequences may share a page
   for (int64_t b = 0; b < rows.batch; ++b) {
     int64_t count = rows.rows;
-    if (rows.packed) count = index_at(rows.cu_seqlens, b + 1) - index_at(rows.cu_seqlens, b);
+    if (is_packed(rows)) count = index_at(rows.cu_seqlens, b + 1) - index_at(rows.cu_seqlens, b);
     if (rows.lengths.data != nullptr) count = index_at(rows.lengths, b);
     if (count == 0) continue;
-    const int64_t start = index_at(rows.starts, b);
-    if (start < 0) fail(rows.argument, "values >= 0", got(start) + " for sequence " + got(b));
+    const int64_t start = index_at(rows.positions, b);
+    if (start < 0) fail(argument, "values >= 0", got(start) + " for sequence " + got(b));
     if (start > storage.capacity() - count) {
-      fail(rows.argument,
+      fail(argument,
            "room for " + got(count) + " new rows in a capacity of " + got(storage.capacity()),
            got(start) + " for sequence " + got(b));
     }
@@ -203,7 +199,7 @@ NewRows rows_by_start(const CacheStorage& storage, const RotaryTables& tables,
       for (int64_t page = start / storage.rows; page <= last; ++page) storage.check_page(b, page);
     }
     for (int64_t row = 0; row < count; ++row) {
-      result.tokens.push_back(place(storage, tables, rows, b, row, start + row));
+      result.tokens.push_back(place(storage, tables, argument, rows, b, row, start + row));
     }
     result.distinct &= !(storage.ring && count > storage.rows);
   }
@@ -240,38 +236,53 @@ void check_new_rows(const CacheStorage& storage, const Tensor& key, const Tensor
   }
 }
 
-void write_new_rows(const CacheStorage& storage, const Tensor& key, const Tensor& value, bool bshd,
-                    const RotaryTables& tables, const NewRows& rows) {
-  if (rows.tokens.empty()) return;
-  const auto view = [&](const Tensor& x) {
-    if (x.dim() == 4) return cache_view<ConstTensor>(x, bshd);
-    const Sizes strides = x.strides();
-    return ConstTensor{x.data_ptr(), {0, 0, strides[1], strides[0], strides[2]}};
-  };
-  const auto writable = [](const ConstTensor& x) {
-    MutableTensor result{const_cast<void*>(x.data), {}};
-    for (int d = 0; d < 5; ++d) result.stride[d] = x.stride[d];
-    return result;
-  };
-  CacheUpdateParams p{};
-  p.dtype = require_float("key", key);
-  p.heads_kv = storage.heads;
-  p.head_dim = storage.head_dim, p.head_dim_v = storage.head_dim_v;
-  p.key = view(key), p.value = view(value);
-  p.k_cache = writable(storage.key), p.v_cache = writable(storage.value);
-  p.k_scale = writable(storage.key_scale), p.v_scale = writable(storage.value_scale);
-  p.tokens = rows.tokens.data();
-  p.num_tokens = static_cast<int64_t>(rows.tokens.size());
-  p.distinct = rows.distinct;
-  if (tables.present()) {
-    p.table_dtype = *float_dtype(*tables.cos);
-    p.rotary_dim = 2 * tables.cos->sizes()[1];
-    p.interleaved = tables.interleaved;
-    const Sizes cos = tables.cos->strides(), sin = tables.sin->strides();
-    p.cos = {tables.cos->data_ptr(), {0, 0, 0, cos[0], cos[1]}};
-    p.sin = {tables.sin->data_ptr(), {0, 0, 0, sin[0], sin[1]}};
+namespace {
+
+// Of a new key or value.
+ConstTensor row_view(const Tensor& x, bool bshd) {
+  if (x.dim() == 4) return cache_view<ConstTensor>(x, bshd);
+  const Sizes strides = x.strides();
+  return {x.data_ptr(), {0, 0, strides[1], strides[0], strides[2]}};
+}
+
+MutableTensor writable(const ConstTensor& x) {
+  MutableTensor result{const_cast<void*>(x.data), {}};
+  for (int d = 0; d < 5; ++d) result.stride[d] = x.stride[d];
+  return result;
+}
+
+}  // namespace
+
+CacheWriteParams write_params(const CacheStorage& storage, const RotaryTables& tables,
+                              const NewRows& rows, const CacheTokens& tokens, const Tensor* key,
+                              const Tensor* value, bool bshd) {
+  CacheWriteParams p{};
+  p.rows = rows;
+  p.entries = storage.entries, p.cache_rows = storage.rows;
+  p.block_table = storage.block_table;
+  p.pages_per_sequence = storage.pages_per_sequence;
+  p.ring = storage.ring;
+  CacheUpdateParams& u = p.update;
+  u.head_dim = storage.head_dim, u.head_dim_v = storage.head_dim_v;
+  if (key != nullptr) {
+    u.dtype = require_float("key", *key);
+    u.heads_kv = storage.heads;
+    u.key = row_view(*key, bshd), u.value = row_view(*value, bshd);
+    u.k_cache = writable(storage.key), u.v_cache = writable(storage.value);
+    u.k_scale = writable(storage.key_scale), u.v_scale = writable(storage.value_scale);
   }
-  check_status(cpu::kv_cache_update(p, torch_threads()));
+  u.tokens = tokens.tokens.data();
+  u.num_tokens = static_cast<int64_t>(tokens.tokens.size());
+  u.distinct = tokens.distinct;
+  if (!tables.present()) return p;
+  p.table_rows = tables.positions();
+  u.table_dtype = *float_dtype(*tables.cos);
+  u.rotary_dim = 2 * tables.cos->sizes()[1];
+  u.interleaved = tables.interleaved;
+  const Sizes cos = tables.cos->strides(), sin = tables.sin->strides();
+  u.cos = {tables.cos->data_ptr(), {0, 0, 0, cos[0], cos[1]}};
+  u.sin = {tables.sin->data_ptr(), {0, 0, 0, sin[0], sin[1]}};
+  return p;
 }
 
 }  // namespace fastattn::bind

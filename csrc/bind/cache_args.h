@@ -77,30 +77,21 @@ void check_tables(const RotaryTables& tables, const char* like_argument, const T
 // Fails unless the tables reach `position`; `argument` is what it comes from.
 void check_table_position(const RotaryTables& tables, const char* argument, int64_t position);
 
-// Where new rows of key and value go.
-struct NewRows {
+// The places of new rows, where the host can read them.
+struct CacheTokens {
   std::vector<CacheToken> tokens;
   bool distinct = false;
 };
 
-// Sequence b gets rows [0, count_of(b)) of its part of key at positions start_of(b) + row; that
-// part begins at first_of(b) when packed. All checked, naming `argument`.
-struct RowsByStart {
-  const char* argument;
-  bool packed;
-  IndexArray starts;      // (batch)
-  IndexArray lengths;     // (batch), nullable: all rows
-  IndexArray cu_seqlens;  // (batch + 1), when packed
-  IndexArray key_starts;  // (batch), nullable: where positions of the tables begin
-  int64_t batch, rows;
-};
+// Those of PositionsOf::kSequences. All checked, naming `argument`.
+CacheTokens tokens_of_sequences(const CacheStorage& storage, const RotaryTables& tables,
+                                const char* argument, const NewRows& rows);
 
-NewRows rows_by_start(const CacheStorage& storage, const RotaryTables& tables,
-                      const RowsByStart& rows);
-
-// Runs the update of checked tokens.
-void write_new_rows(const CacheStorage& storage, const Tensor& key, const Tensor& value, bool bshd,
-                    const RotaryTables& tables, const NewRows& rows);
+// The write of checked rows. key and value may be null: then there is nothing to write. What it
+// points to must outlive it.
+CacheWriteParams write_params(const CacheStorage& storage, const RotaryTables& tables,
+                              const NewRows& rows, const CacheTokens& tokens, const Tensor* key,
+                              const Tensor* value, bool bshd);
 
 // Shapes, dtypes and devices of new keys and values.
 void check_new_rows(const CacheStorage& storage, const Tensor& key, const Tensor& value, bool bshd);

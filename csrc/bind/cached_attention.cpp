@@ -26,7 +26,6 @@ CachedAttention::CachedAttention(const Tensor& query, const CacheTensors& cache,
       p_(problem_.params) {
   p_.dtype = require_float("query", query);
   problem_.backend = backend_of(query);
-  refuse_on_device();
   storage_ = check_storage(cache, "query", query);
   check_tables(tables, "query", query, storage_.head_dim);
   require_devices_of(query, options);
@@ -39,26 +38,32 @@ CachedAttention::CachedAttention(const Tensor& query, const CacheTensors& cache,
   set_cache();
   check_pages();
   place_queries();
-  if (key != nullptr) place_new_rows(cache);
+  if (key == nullptr) return;
+  require_writable(cache);
+  if (!problem_.backend.on_device) {
+    tokens_ = tokens_of_sequences(storage_, tables_, "cache_lengths", new_rows());
+  }
 }
 
 std::pair<Tensor, Tensor> CachedAttention::run() {
-  if (key_ != nullptr) {
-    write_new_rows(storage_, *key_, *value_, options_.bshd, tables_, new_rows_);
-  }
   p_.query = problem_.view<ConstTensor>(query_);
-  if (tables_.present()) rotate_query();
-  return run_attention(problem_, query_);
-}
-
-void CachedAttention::refuse_on_device() const {
-  if (!problem_.backend.on_device) return;
-  if (key_ != nullptr) {
-    fail("key", "None on CUDA, where kv_cache_update has no kernel in this version", "a tensor");
-  }
+  CacheWriteParams write =
+      write_params(storage_, tables_, new_rows(), tokens_, key_, value_, options_.bshd);
   if (tables_.present()) {
-    fail("rope", "None on CUDA, where apply_rope has no kernel in this version", "a pair");
+    problem_.held.push_back(empty_contiguous(query_.sizes(), dtype_code(query_), query_));
+    const Tensor& rotated = problem_.held.back();
+    if (problem_.backend.cuda) {  // on the way, by the launch that writes
+      write.update.dtype = p_.dtype;
+      write.heads_q = p_.heads_q;
+      write.query = p_.query;
+      write.rotated_query = problem_.view<MutableTensor>(rotated);
+    } else {
+      rotate_query(rotated);
+    }
+    p_.query = problem_.view<ConstTensor>(rotated);
   }
+  if (key_ != nullptr || tables_.present()) run_cache_write(problem_.backend, write, query_);
+  return run_attention(problem_, query_);
 }
 
 void CachedAttention::set_shapes() {
@@ -103,41 +108,28 @@ void CachedAttention::set_shapes() {
 
 void CachedAttention::set_lengths(const Tensor& cache_lengths) {
   require_device_of(query_, "cache_lengths", cache_lengths);
-  old_lengths_ = index_array(problem_.held, "cache_lengths", cache_lengths, {p_.batch0});
-  if (problem_.backend.on_device) {
-    p_.key_lengths = old_lengths_;
-    return;
-  }
-  lengths_.resize(static_cast<size_t>(p_.batch0));
+  p_.key_lengths = index_array(problem_.held, "cache_lengths", cache_lengths, {p_.batch0});
+  if (problem_.backend.on_device) return;
   for (int64_t b = 0; b < p_.batch0; ++b) {
-    const int64_t old = index_at(old_lengths_, b), added = key_ != nullptr ? queries_of(b) : 0;
+    const int64_t old = index_at(p_.key_lengths, b), added = key_ != nullptr ? queries_of(b) : 0;
     if (old < 0 || old > storage_.capacity() - added) {
       fail("cache_lengths",
            "values from 0 to " + got(storage_.capacity() - added) +
                (added > 0 ? ", the capacity without the " + got(added) + " new rows" : ""),
            got(old) + " for sequence " + got(b));
     }
-    lengths_[static_cast<size_t>(b)] = old + added;
   }
-  p_.key_lengths = {lengths_.data(), true};
 }
 
 void CachedAttention::set_starts(const OptionalTensor& key_starts) {
   if (!key_starts) return;
   require_device_of(query_, "key_starts", *key_starts);
-  const IndexArray given = index_array(problem_.held, "key_starts", *key_starts, {p_.batch0});
-  if (problem_.backend.on_device) {
-    starts_ = given;
-    return;
-  }
-  first_keys_ = lengths_;
+  p_.cache.key_starts = index_array(problem_.held, "key_starts", *key_starts, {p_.batch0});
+  if (problem_.backend.on_device) return;
   for (int64_t b = 0; b < p_.batch0; ++b) {
-    const int64_t start = index_at(given, b);
+    const int64_t start = index_at(p_.cache.key_starts, b);
     if (start < 0) fail("key_starts", "values >= 0", got(start) + " for sequence " + got(b));
-    int64_t& first = first_keys_[static_cast<size_t>(b)];
-    first = min_of(first, start);  // of a prompt in chunks, the first may be nothing but padding
   }
-  starts_ = {first_keys_.data(), true};
 }
 
 // What attention over a cache does not offer.
@@ -159,10 +151,11 @@ void CachedAttention::refuse_options() const {
 void CachedAttention::set_cache() {
   p_.key = storage_.key, p_.value = storage_.value;
   p_.cache.block_table = storage_.block_table;
+  p_.cache.entries = storage_.entries;
   p_.cache.pages_per_sequence = storage_.pages_per_sequence;
   p_.cache.page_rows = storage_.paged ? storage_.rows : 0;
   p_.cache.ring_rows = storage_.ring ? storage_.rows : 0;
-  p_.cache.key_starts = starts_;
+  p_.cache.appended = key_ != nullptr;
   p_.cache.key_scale = storage_.key_scale, p_.cache.value_scale = storage_.value_scale;
 }
 
@@ -170,8 +163,9 @@ void CachedAttention::set_cache() {
 void CachedAttention::check_pages() const {
   if (!storage_.paged || problem_.backend.on_device) return;
   for (int64_t b = 0; b < p_.batch0; ++b) {
-    const int64_t length = lengths_[static_cast<size_t>(b)];
-    int64_t first = starts_.data != nullptr ? index_at(starts_, b) : 0;
+    const int64_t length = total_of(b);
+    const IndexArray& starts = p_.cache.key_starts;
+    int64_t first = starts.data != nullptr ? index_at(starts, b) : 0;
     if (p_.window_left >= 0) {
       first = max_of(first, length - queries_of(b) - min_of(p_.window_left, length));
     }
@@ -183,14 +177,14 @@ void CachedAttention::check_pages() const {
 }
 
 void CachedAttention::place_queries() {
-  if (!tables_.present()) return;
+  if (!tables_.present() || problem_.backend.on_device) return;
   const int64_t rows = query_.sizes()[problem_.row_dim()];
   query_positions_.assign(static_cast<size_t>(problem_.packed ? rows : p_.batch0 * rows), 0);
+  const IndexArray& starts = p_.cache.key_starts;
   for (int64_t b = 0; b < p_.batch0; ++b) {
     const int64_t count = queries_of(b);
-    const bool padded = starts_.data != nullptr;
-    const int64_t start = padded ? index_at(starts_, b) : 0;
-    const int64_t first_position = lengths_[static_cast<size_t>(b)] - count - start;
+    const bool padded = starts.data != nullptr;
+    const int64_t first_position = total_of(b) - count - (padded ? index_at(starts, b) : 0);
     const int64_t first = problem_.packed ? index_at(p_.cu_seqlens_q, b) : b * rows;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t position = max_of(first_position + i, padded ? 0 : first_position);
@@ -200,15 +194,19 @@ void CachedAttention::place_queries() {
   }
 }
 
-void CachedAttention::place_new_rows(const CacheTensors& cache) {
-  require_writable(cache);
-  const RowsByStart rows{"cache_lengths", problem_.packed, old_lengths_, p_.query_lengths,
-                         p_.cu_seqlens_q, starts_,         p_.batch0,    p_.seqlen_q};
-  new_rows_ = rows_by_start(storage_, tables_, rows);
+NewRows CachedAttention::new_rows() const {
+  NewRows rows{};
+  rows.positions_of = PositionsOf::kSequences;
+  rows.positions = p_.key_lengths;
+  rows.lengths = p_.query_lengths;
+  rows.cu_seqlens = p_.cu_seqlens_q;
+  rows.key_starts = p_.cache.key_starts;
+  rows.batch = p_.batch0, rows.rows = query_.sizes()[problem_.row_dim()];
+  rows.stored = key_ == nullptr;
+  return rows;
 }
 
-void CachedAttention::rotate_query() {
-  Tensor rotated = empty_contiguous(query_.sizes(), dtype_code(query_), query_);
+void CachedAttention::rotate_query(const Tensor& rotated) {
   const int64_t rows = query_.sizes()[problem_.row_dim()];
   const auto set = [&](const Tensor& x, int64_t (&batch)[kRopeBatchDims], int64_t (&stride)[3]) {
     const ConstTensor view = problem_.view<ConstTensor>(x);
@@ -235,8 +233,6 @@ void CachedAttention::rotate_query() {
   rope.positions = {query_positions_.data(), true, {rows}, 1};
   rope.interleaved = tables_.interleaved;
   if (rotated.numel() > 0) check_status(cpu::rope(rope, torch_threads()));
-  problem_.held.push_back(rotated);
-  p_.query = problem_.view<ConstTensor>(problem_.held.back());
 }
 
 }  // namespace fastattn::bind

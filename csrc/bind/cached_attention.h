@@ -6,8 +6,7 @@
 namespace fastattn::bind {
 
 // Attention of queries over a cache, after new keys and values were written to it where there are
-// any. On a device nothing can be written or rotated yet, and lengths, starts and pages are not
-// read: kernels guard against what they hold.
+// any. On a device lengths, starts and pages are not read: kernels guard against what they hold.
 class CachedAttention {
  public:
   // Checks everything; nothing is written. The arguments must outlive the object.
@@ -19,7 +18,6 @@ class CachedAttention {
   std::pair<Tensor, Tensor> run();
 
  private:
-  void refuse_on_device() const;
   void set_shapes();
   void set_lengths(const Tensor& cache_lengths);
   void set_starts(const OptionalTensor& key_starts);
@@ -27,13 +25,17 @@ class CachedAttention {
   void set_cache();
   void check_pages() const;
   void place_queries();
-  void place_new_rows(const CacheTensors& cache);
-  void rotate_query();
+  NewRows new_rows() const;
+  void rotate_query(const Tensor& rotated);
 
   int64_t queries_of(int64_t b) const {
     if (p_.query_lengths.data != nullptr) return index_at(p_.query_lengths, b);
     if (!problem_.packed) return p_.seqlen_q;
     return index_at(p_.cu_seqlens_q, b + 1) - index_at(p_.cu_seqlens_q, b);
+  }
+
+  int64_t total_of(int64_t b) const {
+    return index_at(p_.key_lengths, b) + (key_ != nullptr ? queries_of(b) : 0);
   }
 
   const Tensor& query_;
@@ -43,11 +45,8 @@ class CachedAttention {
   AttentionProblem problem_;
   AttentionParams& p_;
   CacheStorage storage_;
-  IndexArray old_lengths_{}, starts_{};
-  std::vector<int64_t> lengths_;          // with the new rows
-  std::vector<int64_t> first_keys_;       // what starts_ refers to: at most lengths_
-  std::vector<int64_t> query_positions_;  // of every row of query in the tables
-  NewRows new_rows_;
+  std::vector<int64_t> query_positions_;  // of every row of query in the tables, for csrc/cpu
+  CacheTokens tokens_;
 };
 
 // Fails unless the cache has rows for `batch` sequences; `argument` is what has so many.

@@ -148,6 +148,7 @@ PYBIND11_MODULE(_C, m) {
       std::begin(bind::kEmulatedLevels), std::end(bind::kEmulatedLevels))));
   m.def("emulator_launches", &emulator::launches);
   m.def("set_emulator_seed", &emulator::set_seed, py::arg("seed"));
+  m.def("hide_from_host", &bind::hide_from_host, py::arg("on"));
 #else
   m.attr("emulated_levels") = py::tuple();
 #endif

@@ -5,22 +5,19 @@
 namespace fastattn::bind {
 namespace {
 
-// positions holds the slot of every packed row, counted over all entries: negative is not written.
-NewRows rows_by_slot(const CacheStorage& storage, const RotaryTables& tables, const Tensor& key,
-                     const IndexArray& slots, const IndexArray& rope_positions) {
-  NewRows result;
-  if (tables.present() && rope_positions.data == nullptr) {
-    fail("rope_positions", "a tensor, to rotate keys that go to slots", "None");
-  }
-  for (int64_t row = 0; row < key.sizes()[0]; ++row) {
-    const int64_t slot = index_at(slots, row);
+// Of PositionsOf::kSlots, checked.
+CacheTokens tokens_of_slots(const CacheStorage& storage, const RotaryTables& tables,
+                            const NewRows& rows) {
+  CacheTokens result;
+  for (int64_t row = 0; row < rows.rows; ++row) {
+    const int64_t slot = index_at(rows.positions, row);
     if (slot < 0) continue;
     if (slot >= storage.entries * storage.rows) {
       fail("positions", "slots below " + got(storage.entries * storage.rows), got(slot));
     }
     CacheToken token{0, row, slot / storage.rows, slot % storage.rows, 0};
     if (tables.present()) {
-      token.position = index_at(rope_positions, row);
+      token.position = index_at(rows.rope_positions, row);
       check_table_position(tables, "rope_positions", token.position);
     }
     result.tokens.push_back(token);
@@ -28,25 +25,24 @@ NewRows rows_by_slot(const CacheStorage& storage, const RotaryTables& tables, co
   return result;
 }
 
-// positions (batch, new) holds the position of every row: negative is not written.
-NewRows rows_by_position(const CacheStorage& storage, const RotaryTables& tables, int64_t batch,
-                         int64_t rows, const IndexArray& positions, const IndexArray& lengths,
-                         const IndexArray& rope_positions) {
-  NewRows result;
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t count = lengths.data != nullptr ? index_at(lengths, b) : rows;
+// Of PositionsOf::kRows, checked.
+CacheTokens tokens_of_rows(const CacheStorage& storage, const RotaryTables& tables,
+                           const NewRows& rows) {
+  CacheTokens result;
+  const bool turned_apart = rows.rope_positions.data != nullptr;
+  for (int64_t b = 0; b < rows.batch; ++b) {
+    const int64_t count = rows.lengths.data != nullptr ? index_at(rows.lengths, b) : rows.rows;
     for (int64_t row = 0; row < count; ++row) {
-      const int64_t position = index_at(positions, b * rows + row);
+      const int64_t i = b * rows.rows + row, position = index_at(rows.positions, i);
       if (position < 0) continue;
       if (position >= storage.capacity()) {
         fail("positions", "values below the capacity, " + got(storage.capacity()), got(position));
       }
       if (storage.paged) storage.check_page(b, position / storage.rows);
       CacheToken token{b, row, 0, 0, position};
-      if (rope_positions.data != nullptr) token.position = index_at(rope_positions, b * rows + row);
+      if (turned_apart) token.position = index_at(rows.rope_positions, i);
       if (tables.present()) {
-        const char* argument = rope_positions.data != nullptr ? "rope_positions" : "positions";
-        check_table_position(tables, argument, token.position);
+        check_table_position(tables, turned_apart ? "rope_positions" : "positions", token.position);
       }
       storage.locate(b, position, &token);
       result.tokens.push_back(token);
@@ -55,70 +51,84 @@ NewRows rows_by_position(const CacheStorage& storage, const RotaryTables& tables
   return result;
 }
 
-IndexArray row_counts(std::vector<Tensor>& held, const OptionalTensor& lengths, int64_t batch,
-                      int64_t rows) {
-  if (!lengths) return {};
-  const IndexArray array = index_array(held, "lengths", *lengths, {batch});
-  for (int64_t b = 0; b < batch; ++b) {
-    const int64_t length = index_at(array, b);
-    if (length < 0 || length > rows) {
-      fail("lengths", "values from 0 to " + got(rows), got(length) + " for sequence " + got(b));
-    }
-  }
-  return array;
-}
-
 struct UpdateArguments {
   Tensor key, value, positions;
   OptionalTensor lengths, cu_seqlens, rope_positions;
   bool bshd;
 };
 
+// Where the rows go. What the arrays hold is checked by the functions for tokens.
 NewRows packed_rows(CacheStorage& storage, const RotaryTables& tables, const UpdateArguments& a) {
   if (a.lengths) fail("lengths", "None beside packed rows", "a tensor");
-  const int64_t rows = a.key.sizes()[0];
+  NewRows result{};
+  result.rows = a.key.sizes()[0];
   if (!a.cu_seqlens) {
     if (storage.paged) fail("block_table", "None where positions are slots", "a tensor");
     if (storage.ring) fail("ring", "False where positions are slots", "True");
-    const IndexArray slots = index_array(storage.held, "positions", a.positions, {rows});
-    IndexArray rope_positions{};
-    if (a.rope_positions) {
-      rope_positions = index_array(storage.held, "rope_positions", *a.rope_positions, {rows});
+    if (tables.present() && !a.rope_positions) {
+      fail("rope_positions", "a tensor, to rotate keys that go to slots", "None");
     }
-    return rows_by_slot(storage, tables, a.key, slots, rope_positions);
+    result.positions_of = PositionsOf::kSlots;
+    result.batch = 1;
+    result.positions = index_array(storage.held, "positions", a.positions, {result.rows});
+    if (a.rope_positions) {
+      result.rope_positions =
+          index_array(storage.held, "rope_positions", *a.rope_positions, {result.rows});
+    }
+    return result;
   }
   if (a.rope_positions) fail("rope_positions", "None beside cu_seqlens", "a tensor");
   if (a.cu_seqlens->dim() != 1 || a.cu_seqlens->numel() < 1) {
     fail("cu_seqlens", "shape (sequences + 1,)", shape_text(*a.cu_seqlens));
   }
-  const int64_t batch = a.cu_seqlens->numel() - 1;
-  require_batch(storage, "cu_seqlens", batch);
-  RowsByStart by_start{"positions", true, {}, {}, {}, {}, batch, 0};
-  by_start.cu_seqlens = index_array(storage.held, "cu_seqlens", *a.cu_seqlens, {batch + 1});
-  check_cu_seqlens("cu_seqlens", by_start.cu_seqlens, batch, rows);
-  by_start.starts = index_array(storage.held, "positions", a.positions, {batch});
-  return rows_by_start(storage, tables, by_start);
+  result.positions_of = PositionsOf::kSequences;
+  result.batch = a.cu_seqlens->numel() - 1;
+  require_batch(storage, "cu_seqlens", result.batch);
+  result.cu_seqlens = index_array(storage.held, "cu_seqlens", *a.cu_seqlens, {result.batch + 1});
+  result.positions = index_array(storage.held, "positions", a.positions, {result.batch});
+  return result;
 }
 
-NewRows dense_rows(CacheStorage& storage, const RotaryTables& tables, const UpdateArguments& a) {
+NewRows dense_rows(CacheStorage& storage, const UpdateArguments& a) {
   if (a.cu_seqlens) fail("cu_seqlens", "None beside a key of 4 dimensions", "a tensor");
-  const int64_t batch = a.key.sizes()[0], rows = a.key.sizes()[a.bshd ? 1 : 2];
-  require_batch(storage, "key", batch);
-  const IndexArray lengths = row_counts(storage.held, a.lengths, batch, rows);
-  if (a.positions.dim() == 1) {
-    if (a.rope_positions) {
-      fail("rope_positions", "None beside positions of the first rows", "a tensor");
-    }
-    const IndexArray starts = index_array(storage.held, "positions", a.positions, {batch});
-    return rows_by_start(storage, tables,
-                         {"positions", false, starts, lengths, {}, {}, batch, rows});
+  NewRows result{};
+  result.batch = a.key.sizes()[0], result.rows = a.key.sizes()[a.bshd ? 1 : 2];
+  require_batch(storage, "key", result.batch);
+  if (a.lengths) {
+    result.lengths = index_array(storage.held, "lengths", *a.lengths, {result.batch});
   }
-  const IndexArray positions = index_array(storage.held, "positions", a.positions, {batch, rows});
-  IndexArray rope_positions{};
+  const bool by_row = a.positions.dim() != 1;
+  if (!by_row && a.rope_positions) {
+    fail("rope_positions", "None beside positions of the first rows", "a tensor");
+  }
+  result.positions_of = by_row ? PositionsOf::kRows : PositionsOf::kSequences;
+  const int64_t shape[2] = {result.batch, result.rows};
+  const Sizes sizes(shape, by_row ? 2 : 1);
+  result.positions = index_array(storage.held, "positions", a.positions, sizes);
   if (a.rope_positions) {
-    rope_positions = index_array(storage.held, "rope_positions", *a.rope_positions, {batch, rows});
+    result.rope_positions = index_array(storage.held, "rope_positions", *a.rope_positions, sizes);
   }
-  return rows_by_position(storage, tables, batch, rows, positions, lengths, rope_positions);
+  return result;
+}
+
+CacheTokens checked_tokens(const CacheStorage& storage, const RotaryTables& tables,
+                           const NewRows& rows) {
+  const int64_t with_length = rows.lengths.data != nullptr ? rows.batch : 0;
+  for (int64_t b = 0; b < with_length; ++b) {
+    const int64_t length = index_at(rows.lengths, b);
+    if (length < 0 || length > rows.rows) {
+      fail("lengths", "values from 0 to " + got(rows.rows),
+           got(length) + " for sequence " + got(b));
+    }
+  }
+  if (rows.cu_seqlens.data != nullptr) {
+    check_cu_seqlens("cu_seqlens", rows.cu_seqlens, rows.batch, rows.rows);
+  }
+  switch (rows.positions_of) {
+    case PositionsOf::kSlots: return tokens_of_slots(storage, tables, rows);
+    case PositionsOf::kRows: return tokens_of_rows(storage, tables, rows);
+    default: return tokens_of_sequences(storage, tables, "positions", rows);
+  }
 }
 
 // kv_cache_update(k_cache, v_cache, key, value, positions, ...) -> ()
@@ -141,6 +151,7 @@ void kv_cache_update(Stack& stack) {
   const bool bshd = stack.pop<bool>();
 
   require_float("key", key);
+  const Backend backend = backend_of(key);
   const CacheTensors cache{k_cache, v_cache, block_table, k_scale, v_scale, ring, bshd};
   CacheStorage storage = check_storage(cache, "key", key);
   require_writable(cache);
@@ -155,9 +166,12 @@ void kv_cache_update(Stack& stack) {
     if (tensor) require_device_of(key, argument, *tensor, "key");
   }
   const UpdateArguments arguments{key, value, positions, lengths, cu_seqlens, rope_positions, bshd};
-  const NewRows rows = key.dim() == 3 ? packed_rows(storage, tables, arguments)
-                                      : dense_rows(storage, tables, arguments);
-  write_new_rows(storage, key, value, bshd, tables, rows);
+  const NewRows rows =
+      key.dim() == 3 ? packed_rows(storage, tables, arguments) : dense_rows(storage, arguments);
+  require_kernels_of_dtype(backend, "key", key);
+  CacheTokens tokens;
+  if (!backend.on_device) tokens = checked_tokens(storage, tables, rows);
+  run_cache_write(backend, write_params(storage, tables, rows, tokens, &key, &value, bshd), key);
 }
 
 // attention_with_cache(query, k_cache, v_cache, cache_lengths, block_table, k_scale, v_scale,
@@ -219,6 +233,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
 
 #ifdef FASTATTN_ON_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
+  m.impl("kv_cache_update", boxed<kv_cache_update>);
   m.impl("attention_with_cache", boxed<attention_with_cache<false>>);
   m.impl("attention_with_cache_", boxed<attention_with_cache<true>>);
 }

@@ -60,9 +60,7 @@ struct KeyCursor {
 
   FA_DEVICE void find_entry() {
     entry = seq.b0;
-    if (cache.page_rows > 0 && is_seen()) {
-      entry = index_at(cache.block_table, seq.index * cache.pages_per_sequence + page);
-    }
+    if (cache.page_rows > 0 && is_seen()) entry = cache_page(cache, seq, page);
   }
 };
 

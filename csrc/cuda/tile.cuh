@@ -191,8 +191,7 @@ struct KeyRows {
     const uint32_t key = static_cast<uint32_t>(seq->first_k + j);
     if (cache->page_rows > 0) {
       const uint32_t page_rows = static_cast<uint32_t>(cache->page_rows), page = key / page_rows;
-      const int64_t entry =
-          index_at(cache->block_table, seq->index * cache->pages_per_sequence + page);
+      const int64_t entry = cache_page(*cache, *seq, page);
       return base + entry * entry_stride + (key - page * page_rows) * row_stride;
     }
     return base + seq->b0 * entry_stride +

@@ -47,6 +47,11 @@ def kv_cache_update(
     Every index is checked before anything is written. Where several rows go to one place, the last
     of them stays.
 
+    On CUDA nothing waits for the GPU, and a captured call follows what its tensors hold later. So
+    indices are not checked there: a row that has no place, as its position, slot or page is outside
+    of the cache, is not written, and a key outside of the tables of rope becomes NaN. Where
+    sequences meet in a page that several of them write to, one of them stays.
+
     Args:
         k_cache: (batch, kv_heads, capacity, head_dim), or (pages, kv_heads, page_size, head_dim)
             with a block_table, any page_size >= 1; any strides. In the dtype of key, or int8.
@@ -74,8 +79,8 @@ def kv_cache_update(
 
     Raises:
         TypeError: for the type or dtype of an argument. ValueError: for its device, shape or value,
-            for a key or value that requires grad (caches are for inference), and for a position
-            outside the cache. Both name the argument, and the cache is as it was.
+            for a key or value that requires grad (caches are for inference), and, on the CPU, for a
+            position outside the cache. Both name the argument, and the cache is as it was.
 
     Source: Kwon et al., "Efficient memory management for large language model serving with
     PagedAttention" (2023), for pages.
@@ -132,6 +137,7 @@ def attention_with_cache(
     key_starts: Tensor | None = None,
     query_lengths: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
     ring: bool = False,
     rope: Rope | None = None,
     interleaved: bool = False,
@@ -159,7 +165,9 @@ def attention_with_cache(
     Then :func:`attention` of the queries over keys [key_starts_b, total_b), with its causal, window
     and all else. Any n_b: decoding, chunks of a prompt, several tokens to verify, and all of these
     in one batch. Lengths and positions are tensors, and nothing depends on their values in Python.
-    For inference: there is no gradient. On CUDA there are no key, value and rope in this version.
+    For inference: there is no gradient. On CUDA nothing waits for the GPU, and a captured call
+    follows what its tensors hold later; so values are not checked there, as kv_cache_update says,
+    and a query outside of the tables of rope gives NaN.
 
     Args:
         query: (batch, heads, queries, head_dim); or packed, (rows, heads, head_dim), beside
@@ -171,12 +179,14 @@ def attention_with_cache(
         key_starts: (batch), rows before it are hidden: padding on the left.
         query_lengths: (batch), the queries that take part; rows beyond give 0 and lse -inf.
         cu_seqlens_q: (batch + 1), where the packed queries, keys and values of each sequence begin.
+        max_seqlen_q: at least the longest packed sequence. Optional: on the CPU it is found, and on
+            CUDA the number of rows stands for it, at the cost of idle thread blocks.
         ring: needs a window with window[0] + queries <= capacity, so that no visible key has been
             overwritten.
         rope: (cos, sin): query is rotated, and key before it is written, at positions that count
             from key_starts. What is in the cache already has been rotated before.
-        mask, bias: broadcast to (batch, heads, queries, capacity); the capacity of pages is that of
-            the block table. Not for a ring.
+        mask, bias: broadcast to (batch, heads, queries, capacity), with max_seqlen_q queries where
+            they are packed; the capacity of pages is that of the block table. Not for a ring.
         causal, window, alibi_slopes, sink, softcap, scale, layout, return_lse: as in attention.
         batch_invariant: the same query gives the same bits alone or in a batch, padded on either
             side or not, decoded or as part of a chunk.
@@ -235,6 +245,12 @@ def attention_with_cache(
         options["key_starts"] = key_starts
     if cu_seqlens_q is not None:
         options["cu_seqlens_q"] = cu_seqlens_q
+    if max_seqlen_q is not None:
+        if cu_seqlens_q is None:
+            raise ValueError(
+                f"max_seqlen_q: expected None without cu_seqlens_q, got {max_seqlen_q}"
+            )
+        options["max_seqlen_q"] = max_seqlen_q
     if sink is not None:
         options["sink"] = _arguments.in_real_dtype("sink", sink, query)
     if ring:

@@ -56,6 +56,9 @@ def generate(
     that ended, the best one is remembered. A token is yielded once it is settled, which is when all
     sequences that can still win have it: often in groups, some steps after it was first considered.
 
+    On CUDA the host waits for the GPU once a token where there are stop_tokens, top_p or beams, and
+    never else once the prompts are read.
+
     Args:
         model: a :class:`fastattn.nn.CausalLM`, also compiled, or what is called like it:
             ``model(tokens, cache=cache, rows=rows, **model_inputs)`` gives logits (batch,

@@ -353,6 +353,7 @@ class Attention(nn.Module):
             bias=self._bias(given, queries, cache.capacity, cache.lengths),
             query_lengths=given.query_lengths,
             cu_seqlens_q=given.cu_seqlens,
+            max_seqlen_q=None if given.cu_seqlens is None else given.max_seqlen,
             **options,
         )
         return as_in(cache, out)

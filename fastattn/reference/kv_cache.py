@@ -92,6 +92,7 @@ def attention_with_cache(
     key_starts: Tensor | None = None,
     query_lengths: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
+    max_seqlen_q: int | None = None,
     ring: bool = False,
     rope: Rope | None = None,
     interleaved: bool = False,

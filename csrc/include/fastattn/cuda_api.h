@@ -3,6 +3,7 @@
 #pragma once
 
 #include "activation_params.h"
+#include "kv_cache_params.h"
 #include "norm_params.h"
 #include "params.h"
 #include "rope_params.h"
@@ -50,6 +51,8 @@ Status rope(const RopeParams& params, const Place& place);
 Status norm_forward(const NormParams& params, const Place& place);
 size_t norm_backward_workspace(const NormGradParams& params, const Place& place);
 Status norm_backward(const NormGradParams& params, void* workspace, const Place& place);
+// For the same dtypes. Starts work in the stream and returns; it needs no workspace.
+Status kv_cache_update(const CacheWriteParams& params, const Place& place);
 
 // What CUDA said about the last call in this thread that did not return Status::kOk.
 const char* last_error();

@@ -35,9 +35,10 @@ FA_INLINE int64_t index_at(const IndexArray& array, int64_t i) {
 struct CacheView {
   // Paged: in row j % page_rows of entry block_table[b, j / page_rows] of key and value.
   IndexArray block_table;  // (batch0, pages_per_sequence), nullable
-  int64_t pages_per_sequence, page_rows;
+  int64_t entries, pages_per_sequence, page_rows;
   int64_t ring_rows;      // ring buffer: in row j % ring_rows of entry b; 0: none
   IndexArray key_starts;  // (batch0) rows before it are hidden, nullable
+  bool appended;          // besides key_lengths there is a key for each of the queries
   ConstTensor
       key_scale;  // int8: (entries, -, heads_kv, rows, -) float, what a row is multiplied by
   ConstTensor value_scale;

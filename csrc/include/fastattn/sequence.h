@@ -105,19 +105,26 @@ FA_INLINE Sequence sequence_at(const AttentionParams& p, int64_t index) {
   if (p.key_lengths.data != nullptr) {
     // A ring counts keys that it no longer holds.
     const int64_t most = p.cache.ring_rows > 0 ? INT64_MAX : s.rows_k;
-    s.len_k = clamp_of(index_at(p.key_lengths, index), 0, most);
+    const int64_t added = p.cache.appended ? s.len_q : 0;
+    s.len_k = clamp_of(index_at(p.key_lengths, index) + added, 0, most);
   }
   if (p.cache.key_starts.data != nullptr) {
     // Counting keys from the first visible one gives a left-padded sequence the tiles, and so the
     // bits, that it has alone.
-    s.first_k = s.first_column = max_of<int64_t>(index_at(p.cache.key_starts, index), 0);
-    s.len_k = max_of<int64_t>(s.len_k - s.first_k, 0);
+    s.first_k = s.first_column = clamp_of(index_at(p.cache.key_starts, index), 0, s.len_k);
+    s.len_k -= s.first_k;
   }
   const int64_t corner = p.top_left ? 0 : s.len_k - s.len_q;
   s.diagonal = p.key_offset - p.query_offset - corner;
   const Range seen = s.len_q > 0 ? keys_seen_by_any(p, s, {0, s.len_q}) : Range{0, 0};
   s.first_seen = is_empty(seen) ? 0 : seen.first;
   return s;
+}
+
+// NOTE: as sequence_at, for pages that the host has not looked at.
+FA_INLINE int64_t cache_page(const CacheView& cache, const Sequence& seq, int64_t page) {
+  const int64_t entry = index_at(cache.block_table, seq.index * cache.pages_per_sequence + page);
+  return clamp_of(entry, 0, cache.entries - 1);
 }
 
 // Row `key` of a sequence in a cache, and how many rows after it, up to `most`, follow it in
@@ -130,8 +137,7 @@ FA_INLINE CacheRun cache_run(const CacheView& cache, const Sequence& seq, int64_
                              int64_t most) {
   if (cache.page_rows > 0) {
     const int64_t page = key / cache.page_rows, row = key - page * cache.page_rows;
-    const int64_t entry = index_at(cache.block_table, seq.index * cache.pages_per_sequence + page);
-    return {entry, row, min_of(most, cache.page_rows - row)};
+    return {cache_page(cache, seq, page), row, min_of(most, cache.page_rows - row)};
   }
   if (cache.ring_rows > 0) {
     const int64_t row = key % cache.ring_rows;

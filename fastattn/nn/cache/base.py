@@ -163,7 +163,7 @@ class BaseCache:
                 neither written nor attended, and 0 in the result. 0 leaves a request out.
             cu_seqlens_q: (batch + 1), the bounds of packed rows; a request may have none.
             options: rope=(cos, sin), interleaved, window, mask, bias, alibi_slopes, sink, softcap,
-                scale, return_lse and batch_invariant of
+                scale, return_lse, batch_invariant and max_seqlen_q of
                 :func:`fastattn.functional.attention_with_cache`.
 
         Returns:
@@ -364,16 +364,18 @@ def require(condition: Tensor, message: str) -> None:
 
 
 def integers(name: str, x: Indices, device: torch.device) -> Tensor:
-    """An int32 or int64 tensor on the device."""
+    """An int32 or int64 tensor on the device. The host does not wait for a GPU to take it."""
     try:
-        given = torch.as_tensor(x, device=device)
+        given = x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
     except (TypeError, RuntimeError, ValueError):
         raise TypeError(f"{name}: expected integers, got {x!r}") from None
     if given.numel() == 0 and not isinstance(x, Tensor):
         given = given.to(torch.int64)
     if given.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name}: expected dtype int32 or int64, got {given.dtype}")
-    return given
+    if given.device.type == "cpu" and device.type == "cuda":
+        return given.pin_memory().to(device, non_blocking=True)
+    return given.to(device)
 
 
 def require_sizes(*, least: int = 1, **sizes: Any) -> None:

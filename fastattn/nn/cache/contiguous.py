@@ -234,6 +234,7 @@ class SlidingWindowKVCache(ContiguousCache):
         options["window"] = (self.window, 0)
         if self._length(query) <= self.max_chunk:
             return super()._attend(layer, query, key, value, **options)
+        options.pop("max_seqlen_q", None)  # chunks have their own
         if key is None or value is None:
             raise ValueError(
                 f"query: expected at most max_chunk = {self.max_chunk} rows where no key is given, "
@@ -310,6 +311,7 @@ class SlidingWindowKVCache(ContiguousCache):
                 *(x[tokens] for x in tensors),
                 cache_lengths=cache_lengths + (begin - first),
                 cu_seqlens_q=bounds,
+                max_seqlen_q=self.max_chunk,
                 return_lse=True,
                 **options,
             )

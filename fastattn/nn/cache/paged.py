@@ -26,8 +26,10 @@ class PagedKVCache(BaseCache):
     when somebody writes to it, and free again when the last of them gives it up.
 
     Rows need pages before they are written: ``reserve`` takes them. In eager mode ``update`` and
-    ``attend`` call it where the host knows how many rows there are; before a compiled step, and
-    with lengths on a device, it is for you to call.
+    ``attend`` call it where the host knows how many rows there are; before a compiled step or one
+    that a CUDA graph captures, and with lengths on a device, it is for you to call. So are
+    ``advance`` and all else that changes lengths, behind the step: the host counts along, and
+    waits for a GPU where a number of rows lies there (an int does not).
 
     Args:
         capacity: the most rows of one request, rounded up to whole pages.
@@ -126,7 +128,7 @@ value_head_dim=8, dtype=torch.float32, device=cpu, layout='bhsd', lengths=[5, 7]
         """
         if isinstance(rows, int) and self._ready is not None and rows <= self._ready:
             return
-        counts = self._counts("rows", rows).tolist()
+        counts = self._host_counts("rows", rows)
         copied, added = self._plan(counts)
         needed = len(copied) + sum(added)
         if needed > len(self._free):
@@ -141,8 +143,8 @@ value_head_dim=8, dtype=torch.float32, device=cpu, layout='bhsd', lengths=[5, 7]
         self._ready = min(counts, default=0)
 
     def advance(self, rows: int | Sequence[int] | Tensor) -> None:
-        counts = self._counts("rows", rows)
-        lengths = [a + b for a, b in zip(self._rows_of, counts.tolist(), strict=True)]
+        counts = self._host_counts("rows", rows)
+        lengths = [a + b for a, b in zip(self._rows_of, counts, strict=True)]
         for request, length in enumerate(lengths):
             held = len(self._pages[request]) * self.page_size
             if length > held:
@@ -150,7 +152,7 @@ value_head_dim=8, dtype=torch.float32, device=cpu, layout='bhsd', lengths=[5, 7]
                     f"rows: expected at most the {held - self._rows_of[request]} rows that are "
                     f"reserved for request {request}, got {length - self._rows_of[request]}"
                 )
-        self.lengths += counts
+        self.lengths += rows if isinstance(rows, int) else self._counts("rows", rows)
         self._rows_of = lengths
         self._ready = None
 
@@ -159,9 +161,8 @@ value_head_dim=8, dtype=torch.float32, device=cpu, layout='bhsd', lengths=[5, 7]
 
         A request that has fewer rows keeps them all. Pages that are no longer needed are free.
         """
-        wanted = self._counts("lengths", lengths)
-        self.lengths.copy_(torch.minimum(self.lengths, wanted))
-        for request, length in enumerate(wanted.tolist()):
+        self.lengths.copy_(torch.minimum(self.lengths, self._counts("lengths", lengths)))
+        for request, length in enumerate(self._host_counts("lengths", lengths)):
             self._rows_of[request] = min(self._rows_of[request], length)
             self._drop_unused(request)
 
@@ -263,6 +264,12 @@ value_head_dim=8, dtype=torch.float32, device=cpu, layout='bhsd', lengths=[5, 7]
             return
         self.reserve(rows)
 
+    def _host_counts(self, name: str, counts: int | Sequence[int] | Tensor) -> list[int]:
+        """_counts, as numbers of the host."""
+        if isinstance(counts, int) and not isinstance(counts, bool) and counts >= 0:
+            return [counts] * self.batch
+        return self._counts(name, counts).tolist()
+
     def _plan(self, counts: list[int]) -> tuple[list[int], list[int]]:
         """The requests whose last page must be copied, and how many pages each request lacks."""
         copied: list[int] = []
@@ -323,7 +330,7 @@ value_head_dim=8, dtype=torch.float32, device=cpu, layout='bhsd', lengths=[5, 7]
             self._pages[request][index] = page
             self.block_table[request, index] = page
         source, target = (
-            torch.tensor(x, device=self.device) for x in (old, [page for _, page in copies])
+            integers("pages", x, self.device) for x in (old, [page for _, page in copies])
         )
         for storage in self._storages():
             storage[target] = storage[source]
