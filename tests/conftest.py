@@ -14,6 +14,7 @@ from fastattn import _C
 from fastattn.testing import running_on
 
 ATTENTION = "test_attention_"
+KERNEL_FIXTURES = {"level", "cuda", "hopper"}
 
 
 def _levels(attention):
@@ -32,13 +33,31 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("level", levels, indirect=True)
 
 
+def _why_not(item, level):
+    """Why a test has nothing to try on an emulated level."""
+    if not item.path.name.startswith(ATTENTION):
+        return "has the kernels of attention alone"
+    if level != "sm90":
+        return None
+    if item.path.name.startswith(f"{ATTENTION}with_cache"):
+        return "caches have kernels of sm80 alone, but for what test_attention_hopper.py tries"
+    if not KERNEL_FIXTURES & {*item.fixturenames}:
+        return "no kernel is tried"
+    dtype = item.callspec.params.get("dtype") if hasattr(item, "callspec") else None
+    if dtype in (torch.float32, torch.float64):
+        return f"{dtype} has kernels of sm80 alone"
+    if dtype == torch.float16:
+        return "float16 takes the way of bfloat16, and test_attention_hopper.py tries both"
+    return None
+
+
 def pytest_collection_modifyitems(items):
     level = os.environ.get("FASTATTN_CPU_ISA")
     if level not in _C.emulated_levels:
         return
     for item in items:
-        if not item.path.name.startswith(ATTENTION):
-            item.add_marker(pytest.mark.skip(reason=f"{level}: has the kernels of attention alone"))
+        if reason := _why_not(item, level):
+            item.add_marker(pytest.mark.skip(reason=f"{level}: {reason}"))
 
 
 @pytest.fixture
