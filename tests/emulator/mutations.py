@@ -74,6 +74,24 @@ EQUIVALENT = {
     "softmax raise_max: bool(has_grown) for ptx::any_in_warp(has_grown)": (
         "a lane's rows are those that it rescales; the vote keeps the warp together"
     ),
+    **dict.fromkeys(
+        (
+            "flash_bwd_sm90 add_part: without wait_for<0>(acc_dk)",
+            "flash_bwd_sm90 add_part: wait_for<0 + 1>(acc_dk) for wait_for<0>(acc_dk)",
+        ),
+        "the next part waits for these products too; the wait is there for the compiler",
+    ),
+    "flash_bwd_sm90 add_to_sums: true for count > 0": (
+        "rows that take no part have dS of 0; the guard keeps these zeros from memory of others, "
+        "and of no sums at all behind the last"
+    ),
+    **{
+        f"{kernel} {kernel}: without ptx::more_registers<Config::kConsumerRegisters>()": (
+            "the emulation has registers enough: a kernel that lacks them spills, which is checked "
+            "where it is compiled"
+        )
+        for kernel in ("flash_bwd_sm90", "flash_fwd_sm90")
+    },
 }
 
 
