@@ -38,7 +38,8 @@ gpu:
 
 emulated: $(VENV)/.ready-test
 	FASTATTN_CUDA=emulate $(BIN)/python setup.py -q build --build-lib build/emulated_cuda
-	PYTHONPATH=build/emulated_cuda FASTATTN_CPU_ISA=sm80 $(BIN)/pytest -q -m "not slow" $$($(BIN)/python tests/cuda_tests.py sm80)
+	set -e; for level in sm80 sm90; do PYTHONPATH=build/emulated_cuda FASTATTN_CPU_ISA=$$level \
+	  $(BIN)/pytest -q -m "not slow" $$($(BIN)/python tests/cuda_tests.py $$level); done
 
 example: $(VENV)/.ready-examples build
 	$(BIN)/python examples/$(NAME).py $(ARGS)

@@ -40,6 +40,11 @@ STRIDES = ("contiguous", "transposed", "fused", "strided", "columns", "guarded")
 Results = dict[str, Tensor]
 
 
+def default_dtype() -> torch.dtype:
+    """float32; on level "sm90", whose own kernels have 16 bits, bfloat16."""
+    return torch.bfloat16 if _C.active_cpu_level() == "sm90" else torch.float32
+
+
 def randn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Normal numbers that depend on shape and seed alone, rounded to dtype; on torch's default
     device."""
@@ -83,12 +88,13 @@ def attention_inputs(
     keys: int | None = None,
     head_dim: int = 16,
     head_dim_v: int | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     seed: int = 0,
     layout: str = "bhsd",
 ) -> Results:
-    """Random query, key and value by name."""
+    """Random query, key and value by name; of ``default_dtype()``, if of no other."""
     kv_heads, keys = kv_heads or heads, queries if keys is None else keys
+    dtype = dtype or default_dtype()
     shapes = {
         "query": (*batch, heads, queries, head_dim),
         "key": (*batch, kv_heads, keys, head_dim),

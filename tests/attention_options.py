@@ -121,6 +121,12 @@ def skip_on_gpu(reason):
         pytest.skip(f"cuda: {reason}")
 
 
+def skip_on_sm90(reason):
+    """Skips at the emulated level what was tried at sm80."""
+    if _C.active_cpu_level() == "sm90":
+        pytest.skip(f"sm90: {reason}")
+
+
 def here(options):
     """Options that were made when the module was loaded, on the default device of now."""
     device = torch.get_default_device()

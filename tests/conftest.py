@@ -16,6 +16,8 @@ from fastattn import _C
 from fastattn.support import cuda_level
 from fastattn.testing import running_on
 
+KERNEL_FIXTURES = {"level", "cuda", "hopper"}
+
 
 def _levels(path):
     only = os.environ.get("FASTATTN_CPU_ISA")
@@ -33,15 +35,32 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("level", levels, indirect=True)
 
 
+def _why_not(item, level):
+    """Why a test has nothing to try on an emulated level."""
+    name = item.path.name
+    if not run_at(level, item.path) or (name in LAYERS and "level" not in item.fixturenames):
+        return "what is tested has no kernels of its own"
+    if level != "sm90":
+        return None
+    if name.startswith("test_attention_with_cache"):
+        return "caches have kernels of sm80 alone, but for what test_attention_hopper.py tries"
+    if not KERNEL_FIXTURES & {*item.fixturenames}:
+        return "no kernel is tried"
+    dtype = item.callspec.params.get("dtype") if hasattr(item, "callspec") else None
+    if dtype in (torch.float32, torch.float64):
+        return f"{dtype} has kernels of sm80 alone"
+    if dtype == torch.float16:
+        return "float16 takes the way of bfloat16, and test_attention_hopper.py tries both"
+    return None
+
+
 def pytest_collection_modifyitems(items):
     level = os.environ.get("FASTATTN_CPU_ISA")
     if level not in _C.emulated_levels:
         return
     for item in items:
-        without_level = item.path.name in LAYERS and "level" not in item.fixturenames
-        if without_level or not run_at(level, item.path):
-            reason = f"{level}: what is tested has no kernels of its own"
-            item.add_marker(pytest.mark.skip(reason=reason))
+        if reason := _why_not(item, level):
+            item.add_marker(pytest.mark.skip(reason=f"{level}: {reason}"))
 
 
 @pytest.fixture

@@ -4,7 +4,14 @@ import math
 
 import pytest
 import torch
-from attention_options import BROADCASTS, FEATURES, Place, skip_without_kernels, with_features
+from attention_options import (
+    BROADCASTS,
+    FEATURES,
+    Place,
+    skip_on_sm90,
+    skip_without_kernels,
+    with_features,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -230,6 +237,7 @@ def test_a_constant_value_comes_back(level, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keys", [1, 2, 3, 7, 31, 64, 100, 255, 1023, 4099])
 def test_decode_shapes(level, dtype, keys):
+    skip_on_sm90("decode has kernels of sm80 alone")
     for queries, group in ((1, 4), (1, 1), (2, 7), (8, 2)):
         shape = {"queries": queries, "keys": keys, "heads": 2 * group, "kv_heads": 2}
         inputs = attention_inputs(**shape, batch=(1,), head_dim=32, dtype=dtype)

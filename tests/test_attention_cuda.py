@@ -33,7 +33,7 @@ def test_an_emulated_kernel_runs_at_its_level_alone(level):
 
 def test_what_has_no_kernel_is_refused(cuda):
     wide, long = attention_inputs(queries=3, head_dim=257), attention_inputs(queries=3)
-    long["value"] = randn(2, 2, 3, 300, seed=1)
+    long["value"] = randn(2, 2, 3, 300, seed=1, dtype=long["query"].dtype)
     for inputs, name in ((wide, "query"), (long, "value")):
         with pytest.raises(ValueError, match=rf"^{name}: expected a head_dim of 1 to 256 on CUDA"):
             fa.attention(**inputs)
@@ -45,10 +45,13 @@ def test_what_has_no_kernel_is_refused(cuda):
 
 def test_explain_names_the_kernel_and_why_not_the_others(cuda):
     explanation = fastattn.explain(**attention_inputs(queries=300))
-    backend = "cuda" if cuda == "cuda" else "emulated"
-    assert explanation.kernel.startswith(f"{backend}/sm80/")
-    schedule = explanation.kernel.split("/")[-1]
-    assert {"cpu", "sm90", "tile", "split tile", "decode"} - {schedule} == set(explanation.rejected)
+    backend, arch, schedule = explanation.kernel.split("/")
+    assert backend == ("cuda" if cuda == "cuda" else "emulated")
+    assert arch == ("sm90" if cuda == "sm90" else "sm80")
+    every = {"cpu", "sm80", "sm90", "tile", "split tile", "decode"}
+    assert every - {arch, schedule} == set(explanation.rejected)
+    if cuda == "sm80":
+        assert explanation.rejected["sm90"] == "the GPU is not of compute capability 9.0"
     assert re.match(r"tiles of \d+ rows x \d+ keys, heads in a tile: \d+", explanation.reasons[-1])
 
 

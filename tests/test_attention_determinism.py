@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from attention_options import skip_on_gpu, with_features
+from attention_options import skip_on_gpu, skip_on_sm90, with_features
 
 import fastattn.functional as fa
 from fastattn.testing import (
@@ -16,6 +16,8 @@ from fastattn.testing import (
     randn,
 )
 
+OF_SM80 = "what is batch_invariant has kernels of sm80 alone"
+REPEATED = "test_the_number_of_threads_changes_no_bit runs the kernels again"
 NO_FORK = "CUDA does not live on in a forked process"
 CASES = {
     "prefill": ({"queries": 150, "keys": 150, "heads": 4, "kv_heads": 2}, ["causal"]),
@@ -57,6 +59,7 @@ def test_the_number_of_threads_changes_no_bit(level, dtype, name, threads):
 
 @pytest.mark.parametrize("name", CASES)
 def test_running_again_changes_no_bit(level, name):
+    skip_on_sm90(REPEATED)
     inputs, options = case(name, torch.float32)
     first = results(inputs, options)
     for _ in range(10):
@@ -79,6 +82,7 @@ def test_the_deterministic_flag_is_accepted_either_way(level):
 
 @pytest.mark.parametrize("name", ["prefill", "decode"])
 def test_several_threads_of_python_at_once_get_the_bits_of_one(level, name):
+    skip_on_sm90(REPEATED)
     inputs, options = case(name, torch.float32)
     want = results(inputs, options)
     with ThreadPoolExecutor(6) as pool:
@@ -143,6 +147,7 @@ def invariant(*tensors, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keys", [7, 90, 600])
 def test_batch_invariant_rows_do_not_depend_on_the_rest_of_the_batch(level, dtype, keys, threads):
+    skip_on_sm90(OF_SM80)
     shape = {"batch": (5,), "queries": 40, "keys": keys, "heads": 4, "kv_heads": 2}
     query, key, value = attention_inputs(**shape, head_dim=32, dtype=dtype).values()
     whole = invariant(query, key, value)
@@ -156,6 +161,7 @@ def test_batch_invariant_rows_do_not_depend_on_the_rest_of_the_batch(level, dtyp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_batch_invariant_rows_do_not_depend_on_how_queries_are_split(level, dtype):
     """A prefill in chunks, down to decoding one query at a time, gives the bits of a single one."""
+    skip_on_sm90(OF_SM80)
     shape = {"batch": (1,), "queries": 90, "heads": 4, "kv_heads": 2, "head_dim": 32}
     query, key, value = attention_inputs(**shape, dtype=dtype).values()
     out, lse = invariant(query, key, value, causal=True)
@@ -169,6 +175,7 @@ def test_batch_invariant_rows_do_not_depend_on_how_queries_are_split(level, dtyp
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_batch_invariant_rows_do_not_depend_on_padding_or_packing(level, dtype):
+    skip_on_sm90(OF_SM80)
     shape = {"batch": (2,), "queries": 70, "heads": 4, "kv_heads": 2, "head_dim": 32}
     query, key, value = attention_inputs(**shape, dtype=dtype).values()
     lengths = torch.tensor([70, 29])
@@ -188,6 +195,7 @@ def test_batch_invariant_rows_do_not_depend_on_padding_or_packing(level, dtype):
 
 
 def test_batch_invariant_gradients_do_not_depend_on_the_rest_of_the_batch(level):
+    skip_on_sm90(OF_SM80)
     inputs = attention_inputs(batch=(3,), queries=70, keys=90, heads=4, kv_heads=2)
     dout = randn(3, 4, 70, 16, seed=7)
     grads = []

@@ -158,7 +158,8 @@ def test_weights_of_a_row_sum_to_one_minus_the_share_of_the_sink(level, dtype):
 
 def test_weights_times_values_are_the_output_and_column_sums_its_row_sums(level):
     skip_on_gpu(NO_WEIGHTS)
-    query, key, value = attention_inputs(queries=50, keys=60, head_dim=24).values()
+    shape = {"queries": 50, "keys": 60, "head_dim": 24, "dtype": torch.float32}
+    query, key, value = attention_inputs(**shape).values()
     out, lse = fa.attention(query, key, value, causal=True, return_lse=True)
     weights = fa.attention_weights(query, key, lse, causal=True)
     torch.testing.assert_close(weights @ value, out)

@@ -211,6 +211,8 @@ class BackwardConsumer {
     ptx::fence_async_proxy();
     begin_multiply_columns(acc_dk, ds_operand, query, first);
     if (first + kPart < kQueries) {
+      // The next part would wait for these soon enough; but with products under way where a loop
+      // turns back, the compiler serialises all of them.
       wait_for<0>(acc_dk);
       ptx::wgmma_hold(acc_dv.x[0]);
     } else {

@@ -14,22 +14,31 @@ LEFT_ALONE = ("ptx.cuh", "ptx_sm90.cuh", "device.cuh")
 
 # Statements that are left out: calls of these functions.
 LEFT_OUT = {
-    "barrier": r"ptx::(?:sync_(?:block|warp|named)|arrive_named|mbarrier_(?!init)\w+)",
-    "wait": r"ptx::(?:cp_async|bulk|wgmma)_wait(?:_read)?<[^()]*>",
+    "barrier": r"(?:ptx::(?:sync_(?:block|warp|named)|arrive_named|mbarrier_(?!init)\w+)"
+    r"|(?:shared\.)?\w*ring\.(?:wait_\w+|release)|(?:begin|end)_turns|(?:give|wait_for)_turn)",
+    "wait": r"(?:ptx::(?:cp_async|bulk|wgmma)_wait(?:_read)?|wait_for|release)<[^()]*>",
     "commit": r"ptx::(?:cp_async|bulk|wgmma)_commit",
     "fence": r"ptx::(?:fence_async_proxy|wgmma_fence)",
+    "register": r"ptx::(?:more|fewer)_registers<[^()]*>",
     # Whatever hides keys or shapes scores and weights.
-    "mask": r"(?:\w+\.)?(?:mask\w*|hide\w*|apply_\w+|add_(?:terms|bias|alibi)|drop|scale_columns"
-    r"|through_softcap|keep_survivors|spread_nonfinite|rescale)",
+    "mask": r"(?:\w+(?:\.|::))?(?:mask\w*|hide\w*|apply_\w+|add_(?:terms|bias|alibi)|drop"
+    r"|drop_weights|scale_columns|through_softcap|keep_survivors|spread_nonfinite|rescale"
+    r"|clear_nonfinite<\w+>)",
+    # A block that takes several tiles begins each anew.
+    "reset": r"(?:state\.reset|acc_o\.set_zero)",
 }
+# Calls that wait for others and tell whether one of them said so: whether the caller itself does.
+VOTES = {"sync_block_or": "barrier", "sync_named_or": "barrier", "any_in_warp": "vote"}
 # Expressions (group 1), and what is there instead.
 REPLACED = [
     # A tile of which some keys are hidden is taken for one that needs no mask.
     ("mask", r"\bif \((is_interior\((?:[^()]|\([^()]*\))*\))\)", "true"),
     ("mask", r"\bif \((p\.(?:bias|alibi_slopes|mask)\.data != nullptr|softcap != 0)\) \{", "false"),
     ("mask", r"= (\w+) \? \w+ : -infinity\(", "true"),
+    ("mask", r"(plan\.first_interior <= block)\b", "true"),
+    ("mask", r"\b(block < (?:plan\.)?last_interior)\b", "true"),
     # What hidden keys hold is not kept from the rows that do not see them.
-    ("leak", r"\bif \(((?:\w+ && )?may_leak)\)", "false"),
+    ("leak", r"\bif \(((?:\w+ && )?may_leak|key_leaks|found)\)", "false"),
     # What counts for nothing is not treated as such.
     (
         "nothing",
@@ -39,8 +48,18 @@ REPLACED = [
     ("nothing", r"\bif \((\w+ == -infinity\(\))\)", "false"),
     ("nothing", r"\bif \(((?:weight|scale) != 0)\b", "true"),
     ("maximum", r"\b(fmaxf)\(", "fminf"),
-    # Every part of the keys is taken for the first one.
+    # Every part of the keys is taken for the first one, the second of two buffers for the first.
     ("index", r"\b((?:plan\.)?s(?:plit)?) \* params\.partial_rows", "0"),
+    ("index", r"\b(?:plan|ds)\[(n(?:th)? % 2)\]", "0"),
+    # A phase of a barrier is taken for the one before it.
+    ("index", r"(\bparity\(n\)(?: \^ 1)?)", "parity(n + kStages)"),
+    # What is for some rows, lanes or loads is done for all; a product adds to what was there.
+    ("guard", r"\bif \((i < plan\.seq\.rows_q)\)", "true"),
+    ("guard", r"\bif \((ptx::lane_id\(\) == 0)\) ptx::mbarrier_arrive", "true"),
+    ("guard", r"\bif \((lane == 0) && count > 0\)", "true"),
+    ("guard", r"&& (count > 0)\)", "true"),
+    ("guard", r"\bif \((!is_needed)\)", "false"),
+    ("guard", r", (k > 0),", "true"),
 ]
 # Expressions after a minus that becomes a plus.
 NEGATED = [
@@ -124,13 +143,14 @@ def edits_of(code: str) -> Iterator[Edit]:
         for begin, end in statements(code, name):
             yield replace(kind, code, begin, end, "void()")
             if kind == "wait":
-                wait, pending = code[begin : code.rindex(">", begin, end)].split("<", 1)
-                yield replace(kind, code, begin, end, f"{wait}<{pending} + 1>()")
-    for found in re.finditer(r"\bptx::(sync_block_or|any_in_warp)\(", code):
+                wait, pending, of = re.split("<|>", code[begin:end], maxsplit=2)
+                yield replace(kind, code, begin, end, f"{wait}<{pending} + 1>{of}")
+    for found in re.finditer(rf"\bptx::({'|'.join(VOTES)})\(", code):
         end = closing(code, found.end() - 1)
-        own = code[found.end() - 1 : end]
-        kind = "barrier" if found[1] == "sync_block_or" else "vote"
-        yield replace(kind, code, found.start(), end, f"bool{own}")
+        own = code[found.end() : end - 1]
+        if found[1] == "sync_named_or":  # which barrier, of how many threads
+            own = own.split(",", 2)[2].strip()
+        yield replace(VOTES[found[1]], code, found.start(), end, f"bool({own})")
     for kind, pattern, by in REPLACED:
         for found in re.finditer(pattern, code):
             yield replace(kind, code, *found.span(1), by)

@@ -3,9 +3,10 @@
     python tests/emulator/mutations.py [--list] [--only FILE...] [--sample N] [--jobs N]
 
 Of csrc/cuda one thing at a time is changed: a barrier, a wait, a commit or a mask call is left out,
-a guard, a sign or a maximum is wrong (mutants.py finds them). Tests on the emulated GPU run on each
-of these mutants, in two orders of threads, until one of them fails; a mutant that none of them
-notices has survived.
+a guard, a sign or a maximum is wrong (mutants.py finds them). Tests on an emulated GPU run on each of
+these mutants, in two orders of threads, until one of them fails; a mutant that none of them notices
+has survived. (What only the kernels of Hopper have is tried on the GPU that is level "sm90", all else
+on "sm80".)
 
 All mutants are compiled at once, each behind a switch, into an emulated build of their own in
 build/mutations. There the tests run with all switches off first: they must pass, and it shows which
@@ -33,46 +34,74 @@ TREE = ROOT / "build" / "mutations"
 PACKAGE = TREE / "build" / "emulated_cuda"
 SOURCES = ("csrc", "fastattn", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
 
-# Enough to catch what can be caught, and small.
-TESTS = [
-    "attention_accuracy.py::test_decode_shapes",
-    "attention_accuracy.py::test_every_feature_alone",
-    "attention_accuracy.py::test_large_logits",
-    "attention_accuracy.py::test_masks_and_biases_of_every_broadcast_shape",
-    "attention_cuda.py::test_a_bias_may_be_shared_by_sequences_of_any_lengths",
-    "attention_cuda.py::test_deterministic_gradients_do_not_depend_on_the_order_of_threads",
-    "attention_cuda.py::test_poison_in_a_query_reaches_no_key_that_it_does_not_see",
-    "attention_dropout.py::test_the_mask_is_that_of_the_reference_to_the_bit",
-    "attention_dropout.py::test_dropout_keeps_the_accuracy_contract",
-    "attention_dropout.py::test_the_gradient_of_a_bias_is_that_of_the_weights_that_were_kept",
-    "attention_empty_and_hidden.py",
-    "attention_strides.py::test_inputs_of_any_strides",
-    "attention_varlen.py::test_packed_sequences_keep_the_accuracy_contract",
-    "attention_varlen.py::test_unused_rows_are_zero_whatever_they_held",
-    "attention_with_cache.py::test_any_split_through_pages_of_any_size",
-    "attention_with_cache.py::test_any_split_through_a_ring_past_its_window",
-    "attention_with_cache.py::test_int8_is_exact_for_what_it_holds",
-    "attention_with_cache.py::test_int8_is_within_its_bound",
-    "attention_with_cache.py::test_the_scale_of_a_hidden_key_may_be_anything",
-    "attention_with_cache.py::test_everything_composes",
-    "norm.py::test_every_width",
-    "norm.py::test_nan_and_infinity_stay_in_their_row",
-    "norm_cuda.py::test_gradients_do_not_depend_on_which_others_are_asked_for",
-    "norm_cuda.py::test_results_do_not_depend_on_the_order_of_threads",
-    "norm_cuda.py::test_rows_of_all_tiles",
-    "norm_ecosystem.py::test_dropout_keeps_the_accuracy_contract",
-    "activation.py::test_any_strides",
-    "activation_cuda.py",
-    "rope.py::test_any_combination",
-    "rope_cuda.py",
-]
-WITHOUT = "torch.float16 or 4099"
+# Per level, enough to catch what can be caught, and small.
+TESTS = {
+    "sm80": [
+        "attention_accuracy.py::test_decode_shapes",
+        "attention_accuracy.py::test_every_feature_alone",
+        "attention_accuracy.py::test_large_logits",
+        "attention_accuracy.py::test_masks_and_biases_of_every_broadcast_shape",
+        "attention_cuda.py::test_a_bias_may_be_shared_by_sequences_of_any_lengths",
+        "attention_cuda.py::test_deterministic_gradients_do_not_depend_on_the_order_of_threads",
+        "attention_cuda.py::test_poison_in_a_query_reaches_no_key_that_it_does_not_see",
+        "attention_dropout.py::test_the_mask_is_that_of_the_reference_to_the_bit",
+        "attention_dropout.py::test_dropout_keeps_the_accuracy_contract",
+        "attention_dropout.py::test_the_gradient_of_a_bias_is_that_of_the_weights_that_were_kept",
+        "attention_empty_and_hidden.py",
+        "attention_strides.py::test_inputs_of_any_strides",
+        "attention_varlen.py::test_packed_sequences_keep_the_accuracy_contract",
+        "attention_varlen.py::test_unused_rows_are_zero_whatever_they_held",
+        "attention_with_cache.py::test_any_split_through_pages_of_any_size",
+        "attention_with_cache.py::test_any_split_through_a_ring_past_its_window",
+        "attention_with_cache.py::test_int8_is_exact_for_what_it_holds",
+        "attention_with_cache.py::test_int8_is_within_its_bound",
+        "attention_with_cache.py::test_the_scale_of_a_hidden_key_may_be_anything",
+        "attention_with_cache.py::test_everything_composes",
+        "norm.py::test_every_width",
+        "norm.py::test_nan_and_infinity_stay_in_their_row",
+        "norm_cuda.py::test_gradients_do_not_depend_on_which_others_are_asked_for",
+        "norm_cuda.py::test_results_do_not_depend_on_the_order_of_threads",
+        "norm_cuda.py::test_rows_of_all_tiles",
+        "norm_ecosystem.py::test_dropout_keeps_the_accuracy_contract",
+        "activation.py::test_any_strides",
+        "activation_cuda.py",
+        "rope.py::test_any_combination",
+        "rope_cuda.py",
+    ],
+    "sm90": [
+        "attention_accuracy.py::test_every_feature_alone",
+        "attention_cuda.py::test_poison_in_a_query_reaches_no_key_that_it_does_not_see",
+        "attention_dropout.py::test_dropout_keeps_the_accuracy_contract",
+        "attention_empty_and_hidden.py::test_poison_in_hidden_keys_and_values_changes_nothing",
+        "attention_hopper.py",
+    ],
+}
+WITHOUT = {"sm80": "torch.float16 or 4099", "sm90": "torch.float16 or torch.float32"}
+OF_HOPPER = ("ring.cuh", "wgmma_tile.cuh")
 
 # Mutants that compute what the kernels compute, each with the reason.
 EQUIVALENT = {
-    "softmax step: bool(has_grown) for ptx::any_in_warp(has_grown)": (
+    "softmax raise_max: bool(has_grown) for ptx::any_in_warp(has_grown)": (
         "a lane's rows are those that it rescales; the vote keeps the warp together"
     ),
+    **dict.fromkeys(
+        (
+            "flash_bwd_sm90 add_part: without wait_for<0>(acc_dk)",
+            "flash_bwd_sm90 add_part: wait_for<0 + 1>(acc_dk) for wait_for<0>(acc_dk)",
+        ),
+        "the next part waits for these products too; the wait is there for the compiler",
+    ),
+    "flash_bwd_sm90 add_to_sums: true for count > 0": (
+        "rows that take no part have dS of 0; the guard keeps these zeros from memory of others, "
+        "and of no sums at all behind the last"
+    ),
+    **{
+        f"{kernel} {kernel}: without ptx::more_registers<Config::kConsumerRegisters>()": (
+            "the emulation has registers enough: a kernel that lacks them spills, which is checked "
+            "where it is compiled"
+        )
+        for kernel in ("flash_bwd_sm90", "flash_fwd_sm90")
+    },
 }
 
 
@@ -104,7 +133,12 @@ def build(texts: dict[str, str]) -> None:
     subprocess.run(command, cwd=TREE, env=os.environ | {"FASTATTN_CUDA": "emulate"}, check=True)
 
 
-def run(mutants: list[Mutant], count: int, jobs: int) -> list[Verdict]:
+def level_of(mutant: Mutant) -> str:
+    return "sm90" if mutant.file in OF_HOPPER or "_sm90" in mutant.file else "sm80"
+
+
+def run(level: str, mutants: list[Mutant], count: int, jobs: int) -> list[Verdict]:
+    """On the tests of a level."""
     verdicts = list[Verdict]()
 
     def tell(verdict: Verdict) -> None:
@@ -114,13 +148,12 @@ def run(mutants: list[Mutant], count: int, jobs: int) -> list[Verdict]:
         if verdict.why:
             print(f"    {verdict.why}", flush=True)
 
-    os.environ |= {"FASTATTN_CPU_ISA": "sm80", "OMP_NUM_THREADS": "1"}
-    os.chdir(TREE)
-    sys.path.insert(0, str(PACKAGE))
+    os.environ |= {"FASTATTN_CPU_ISA": level, "OMP_NUM_THREADS": "1"}
     (TREE / "runs").mkdir(exist_ok=True)
     runs = MutationRuns(mutants, count, TREE / "runs", jobs, tell)
     options = ["-q", "--no-header", "--capture=no", "-pno:cacheprovider", "-pno:faulthandler"]
-    options += ["-k", f"not ({WITHOUT})", *(f"tests/test_{test}" for test in TESTS)]
+    options += ["-k", f"not ({WITHOUT[level]})"]
+    options += [f"tests/test_{test}" for test in TESTS[level]]
     if code := pytest.main(options, plugins=[runs]):
         raise SystemExit(f"pytest: {code!r}")
     return verdicts
@@ -176,10 +209,17 @@ def main() -> None:
             print(f"{mutant.kind:8} {mutant.place} {mutant.name}")
         return
     began = time.monotonic()
-    build(texts)
+    files = {mutant.file for mutant in judged}
+    build({file: text for file, text in texts.items() if file in files})
     built = time.monotonic() - began
+    os.chdir(TREE)
+    sys.path.insert(0, str(PACKAGE))
     equivalent = [mutant for mutant in judged if mutant.name in EQUIVALENT]
-    verdicts = run([x for x in judged if x not in equivalent], len(mutants), arguments.jobs)
+    verdicts = list[Verdict]()
+    for level in TESTS:
+        chosen_here = [x for x in judged if x not in equivalent and level_of(x) == level]
+        if chosen_here:
+            verdicts += run(level, chosen_here, len(mutants), arguments.jobs)
     print(*table(verdicts, equivalent), sep="\n")
     survivors = [verdict.mutant for verdict in verdicts if not verdict.caught]
     for mutant in survivors:
