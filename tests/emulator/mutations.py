@@ -3,10 +3,10 @@
     python tests/emulator/mutations.py [--list] [--only FILE...] [--sample N] [--jobs N]
 
 Of csrc/cuda one thing at a time is changed: a barrier, a wait, a commit or a mask call is left out,
-a guard, a sign or a maximum is wrong (mutants.py finds them). Tests on an emulated GPU run on each of
-these mutants, in two orders of threads, until one of them fails; a mutant that none of them notices
-has survived. (What only the kernels of Hopper have is tried on the GPU that is level "sm90", all else
-on "sm80".)
+a guard, a sign or a maximum is wrong (mutants.py finds them). Tests on an emulated GPU run on each
+of these mutants, in two orders of threads, until one of them fails; a mutant that none of them
+notices has survived. (What only the kernels of Hopper have is tried on the GPU that is level
+"sm90", all else on "sm80".)
 
 All mutants are compiled at once, each behind a switch, into an emulated build of their own in
 build/mutations. There the tests run with all switches off first: they must pass, and it shows which
