@@ -29,8 +29,8 @@ class NamedBarriers {
   struct Barrier {
     int arrived = 0, threads = 0;  // of this phase
     bool vote = false;
-    uint32_t warps = 0;            // that have arrived, a bit each
-    std::vector<int> waiting;      // warps
+    uint32_t warps = 0;        // that have arrived, a bit each
+    std::vector<int> waiting;  // warps
     Knowledge known;
     Where where;  // of the first
   };
