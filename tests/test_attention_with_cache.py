@@ -737,6 +737,8 @@ ERRORS = [
     (paged, {"cache_lengths": 8}, ValueError, "cache_lengths"),
     (quantized, {"k_scale": None}, (TypeError, ValueError), "k_scale"),
     (quantized, {"v_scale": zeros(2, 3, 8)}, ValueError, "v_scale"),
+    (right, {"max_seqlen_q": 5}, ValueError, "max_seqlen_q"),
+    (packed, {"max_seqlen_q": 1}, ValueError, "max_seqlen_q"),
     (packed, {"cu_seqlens_q": torch.tensor([0, 3, 2])}, ValueError, "cu_seqlens_q"),
     (packed, {"cu_seqlens_q": torch.tensor([0, 3, 6])}, ValueError, "cu_seqlens_q"),
     (packed, {"cu_seqlens_q": torch.tensor([0, 5])}, ValueError, "cu_seqlens_q|cache_lengths"),

@@ -154,3 +154,9 @@ def test_stages_name_what_is_there(gpu, monkeypatch):
 def test_calls_for_the_sanitizer_run(module, capsys):
     assert module("kernel_calls").main(["--device=cpu"]) == 0
     assert capsys.readouterr().out.endswith(" calls, 0 failed\n")
+
+
+def test_a_decode_step_of_a_tiny_model_is_right(module, tmp_path):
+    assert module("decode_step").main(["--device=cpu", f"--out={tmp_path}"]) == 0
+    known = json.loads((tmp_path / "decode_step.json").read_text())
+    assert [row["batch"] for row in known["rows"]] == [1, 3]
