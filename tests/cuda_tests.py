@@ -11,7 +11,10 @@ PATTERNS = (
     *("test_activation*.py", "test_rope.py", "test_rope_cuda.py", "test_kv_cache_*.py"),
 )
 # What is built of these: on CUDA only the tests that take ``level`` run.
-LAYERS = ("test_nn_cache.py", "test_generation.py")
+LAYERS = (
+    *("test_generation.py", "test_nn_attention.py", "test_nn_block.py", "test_nn_cache.py"),
+    *("test_nn_multihead_attention.py", "test_nn_transformer.py", "test_nn_transformer_parts.py"),
+)
 
 
 def run_at(level: str, path: Path) -> bool:
