@@ -227,10 +227,15 @@ def test_packed_sequences(head_dim):
 
 
 def varlen_results(inputs, bounds, dout, options):
+    """By rows of queries and of keys; of both passes, and of inference, which has kernels of its
+    own."""
     leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
-    out, lse = fa.attention_varlen(**leaves, **bounds, **options, return_lse=True)
+    options = {**bounds, **options, "return_lse": True}
+    inferred, inferred_lse = fa.attention_varlen(**inputs, **options)
+    out, lse = fa.attention_varlen(**leaves, **options)
     grads = torch.autograd.grad((out, lse), list(leaves.values()), (dout, dout.sum(-1).mT.float()))
-    return {"query": (out, lse.mT, grads[0]), "key": grads[1:]}
+    of_queries = (inferred, inferred_lse.mT, out, lse.mT, grads[0])
+    return {"query": of_queries, "key": grads[1:]}
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
@@ -276,10 +281,13 @@ def test_poison_beyond_the_lengths_within_a_packed_buffer(head_dim):
 # ---- What hidden rows hold ----------------------------------------------------------------------
 
 
-def gradients(inputs, dout, options):
+def results(inputs, dout, options):
+    """out and lse of inference, the same of training, and the gradients."""
     leaves = [x.clone().requires_grad_() for x in inputs.values()]
+    inferred = fa.attention(*inputs.values(), **options, return_lse=True)
     out, lse = fa.attention(*leaves, **options, return_lse=True)
-    return out, lse, *torch.autograd.grad((out, lse), leaves, (dout, torch.ones_like(lse)))
+    grads = torch.autograd.grad((out, lse), leaves, (dout, torch.ones_like(lse)))
+    return *inferred, out, lse, *grads
 
 
 # Which of 300 keys each of 200 queries sees. (Window and corner count from the last of both.)
@@ -301,9 +309,9 @@ def test_poison_reaches_only_those_who_see_it(head_dim, poison, how, poisoned):
     rows = {"query": inputs["query"], "dout": dout, "key": inputs["key"], "value": inputs["value"]}
     bad = 130
     rows[poisoned][:, :, bad] = 0
-    clean = gradients(inputs, dout, options)
+    clean = results(inputs, dout, options)
     rows[poisoned][:, :, bad] = poison
-    got = gradients(inputs, dout, options)
+    got = results(inputs, dout, options)
     queries, keys = torch.arange(200), torch.arange(300)
     seen = sees(queries[:, None], keys)
     if poisoned in ("query", "dout"):
@@ -312,13 +320,13 @@ def test_poison_reaches_only_those_who_see_it(head_dim, poison, how, poisoned):
     else:
         hit_queries = seen[:, bad]
         hit_keys = seen[hit_queries].any(0) | (keys == bad)
-    hits = (hit_queries, hit_queries, hit_queries, hit_keys, hit_keys)
+    hits = (*[hit_queries] * 5, hit_keys, hit_keys)
     for x, want, hit in zip(got, clean, hits, strict=True):
         torch.testing.assert_close(x[:, :, ~hit], want[:, :, ~hit])
     # Who has met it does not look as if nothing had been: it is in out, or in a gradient.
     if poisoned == "value":
-        assert not got[0][:, :, hit_queries].isfinite().any()
+        assert not any(x[:, :, hit_queries].isfinite().any() for x in (got[0], got[2]))
     elif poisoned == "dout":
-        assert not got[4][:, :, hit_keys].isfinite().any()
+        assert not got[6][:, :, hit_keys].isfinite().any()
     elif poisoned == "query" or math.isnan(poison):
-        assert not got[3][:, :, hit_keys].isfinite().any()
+        assert not got[5][:, :, hit_keys].isfinite().any()

@@ -52,7 +52,8 @@ REPLACED = [
     ("index", r"\b((?:plan\.)?s(?:plit)?) \* params\.partial_rows", "0"),
     ("index", r"\b(?:plan|ds)\[(n(?:th)? % 2)\]", "0"),
     # A phase of a barrier is taken for the one before it.
-    ("index", r"(\bparity\(n\)(?: \^ 1)?)", "parity(n + kStages)"),
+    ("index", r", (parity\(n\))\)", "parity(n) ^ 1"),
+    ("index", r", (parity\(n\) \^ 1)\)", "parity(n)"),
     # What is for some rows, lanes or loads is done for all; a product adds to what was there.
     ("guard", r"\bif \((i < plan\.seq\.rows_q)\)", "true"),
     ("guard", r"\bif \((ptx::lane_id\(\) == 0)\) ptx::mbarrier_arrive", "true"),

@@ -95,6 +95,10 @@ EQUIVALENT = {
         "rows that take no part have dS of 0; the guard keeps these zeros from memory of others, "
         "and of no sums at all behind the last"
     ),
+    "wgmma_tile begin_multiply_transposed: without ptx::wgmma_fence()": (
+        "nothing is in these registers that the emulation could see; PTX asks for the fence before "
+        "a product all the same, as the part of dQ before has used them"
+    ),
     **{
         f"{kernel} {kernel}: without ptx::more_registers<Config::kConsumerRegisters>()": (
             "the emulation has registers enough: a kernel that lacks them spills, which is checked "
