@@ -223,6 +223,7 @@ void set_scalars(AttentionProblem& problem, const AttentionOptions& options) {
   AttentionParams& p = problem.params;
   p.top_left = options.top_left;
   p.batch_invariant = options.batch_invariant;
+  p.for_backward = options.for_backward;
   p.window_left = checked_window("left", options.window_left);
   p.window_right = checked_window("right", options.window_right);
   p.query_offset = checked_offset("query_offset", options.query_offset);
@@ -309,6 +310,7 @@ AttentionOptions pop_options(Stack& stack) {
   options.bshd = stack.pop<bool>();
   options.batch_invariant = stack.pop<bool>();
   options.deterministic = stack.pop<bool>();
+  options.for_backward = stack.pop<bool>();
   return options;
 }
 

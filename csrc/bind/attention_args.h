@@ -20,7 +20,7 @@ namespace fastattn::bind {
   "Tensor? cu_seqlens_k=None, Tensor? philox=None, bool top_left=False, SymInt window_left=-1, " \
   "SymInt window_right=-1, SymInt query_offset=0, SymInt key_offset=0, SymInt max_seqlen_q=-1, " \
   "SymInt max_seqlen_k=-1, float? scale=None, float? softcap=None, float dropout_p=0.0, "        \
-  "bool bshd=False, bool batch_invariant=False, bool deterministic=False"
+  "bool bshd=False, bool batch_invariant=False, bool deterministic=False, bool for_backward=False"
 
 struct AttentionOptions {
   OptionalTensor mask, bias, alibi_slopes, sink, query_lengths, key_lengths;
@@ -32,7 +32,7 @@ struct AttentionOptions {
   int64_t max_seqlen_q = -1, max_seqlen_k = -1;  // of packed sequences; -1: find it
   std::optional<double> scale, softcap;
   double dropout_p = 0.0;
-  bool bshd = false, batch_invariant = false, deterministic = false;
+  bool bshd = false, batch_invariant = false, deterministic = false, for_backward = false;
 };
 
 AttentionOptions pop_options(Stack& stack);

@@ -192,7 +192,7 @@ bool takes_decode_schedule(const AttentionParams& p, const AttentionKernels& ker
   const int64_t rows = p.heads_q / p.heads_kv * s.len_q;
   if (rows > kManyRows && s.len_k <= kFewKeys) return false;
   const bool is_far = packed_bytes(p, s, kernels) > 2 * kNearBytes;
-  return !p.batch_invariant &&
+  return !p.batch_invariant && !p.for_backward &&
          rows <= (is_far ? kernels.decode_max_rows_far : kernels.decode_max_rows);
 }
 

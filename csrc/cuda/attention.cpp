@@ -63,7 +63,7 @@ int pack_of(const AttentionParams& p, const Choice& choice) {
 }
 
 Choice choose(const AttentionParams& p, const DeviceLimits& limits) {
-  const bool may_split = !p.batch_invariant;
+  const bool may_split = !p.batch_invariant && !p.for_backward;
   if (may_split && p.dropout_p == 0 && shared_rows(p) <= kMostDecodeRows) {
     return choose_decode(p, limits);
   }

@@ -38,9 +38,9 @@ def _forward(
     sink: Tensor | None,
     options: Options,
 ) -> tuple[Tensor, Tensor]:
-    # batch_invariant: the one schedule whose scores the backward pass recomputes bit for bit, so
-    # that the rounding of a score cancels against that of its lse.
-    options = options | {"batch_invariant": True}
+    # The schedule whose scores the backward pass computes again in the same way, so that the
+    # rounding of a score cancels against that of its lse.
+    options = options | {"for_backward": True}
     out, lse = attention_forward(query, key, value, bias=bias, sink=sink, **options)
     return out, lse
 

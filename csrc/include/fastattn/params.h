@@ -87,6 +87,9 @@ struct AttentionParams {
 
   bool top_left;
   bool batch_invariant;  // one schedule for every shape: a row's bits depend on that row alone
+  // The backward pass will compute the scores again, so that their rounding has to cancel against
+  // that of lse: whole rows of tiles, as it goes through them.
+  bool for_backward;
   int64_t window_left, window_right;  // kUnlimited or >= 0
   int64_t query_offset, key_offset;
   double scale;
