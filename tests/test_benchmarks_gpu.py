@@ -62,10 +62,9 @@ def test_peers_that_cannot_run_say_why(module):
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "padded"])
-def test_the_backward_pass_is_timed_alone_and_right(module, monkeypatch, mask):
+def test_the_backward_pass_is_timed_alone_and_right(module, mask):
     kind = module("cases.cuda_attention").CudaAttentionCase
-    monkeypatch.setattr(kind, "device", "cpu")
-    case = kind(2, 2, 2, 70, 70, 16, mask, op="attention", backward=True)
+    case = kind(2, 2, 2, 70, 70, 16, mask, op="attention", backward=True, device="cpu")
     inputs, forward = case.inputs(), case.peers["fastattn"].build(case)
     results = module("checks").evaluate(forward, inputs)
     assert case.oracle(inputs).budget_used(results) <= 1
