@@ -73,7 +73,7 @@ class CacheWriteCase(Case):
     )
     rivals = ("eager", "compile")
     note = """\
-shape: batch x KV heads x new rows x head_dim. rate: GB/s of the new keys and values, read once and \
+shape: batch x KV heads x new rows x head_dim. rate: GB/s of the new keys and values, read and \
 written once. %: of the copy rate."""
 
     @property

@@ -17,8 +17,8 @@ NORM_SHAPES = ((8192, 1024), (TOKENS, WIDTH), (2048, 8192), (32768, 768))
 MORE_SHAPES = ((512, WIDTH), (16384, 5120), (4096, 16384))  # of norms, in the whole grid
 FULL, DEFAULT, QUICK = ("full",), ("default", "full"), ("quick",)
 TIMES = (
-    " Of a backward pass the gradients alone are timed and counted. Times are those of the GPU; its "
-    "second-level cache is overwritten before each call."
+    " Of a backward pass the gradients alone are timed and counted. Times are those of the GPU; "
+    "its second-level cache is overwritten before each call."
 )
 
 
