@@ -63,7 +63,7 @@ class Problem:
     models: dict[str, nn.Module]
     inputs: Tensor  # (batch, length) or (batch, length, width)
     forward: Callable[[nn.Module, Tensor], Tensor]
-    gradients: Callable[[nn.Module, Tensor], Results]  # and what they are the gradients of
+    gradients: Callable[[nn.Module, Tensor], Results]  # after the result
 
     def calls(self, backward: bool) -> dict[str, Callable[[], Any]]:
         run = self.gradients if backward else torch.no_grad()(self.forward)
@@ -215,8 +215,9 @@ def llama(sizes: Sizes, device: str) -> Problem:
         return logits
 
     def gradients(model: Any, x: Tensor) -> Results:
-        loss = model(x, labels=x, use_cache=False).loss
-        return loss.detach(), *torch.autograd.grad(loss, tuple(model.parameters()))
+        # The logits are compared: the error of one loss, a mean, is small or large by chance.
+        out = model(x, labels=x, use_cache=False)
+        return out.logits.detach(), *torch.autograd.grad(out.loss, tuple(model.parameters()))
 
     return Problem("Llama", {common.OURS: ours, common.THEIRS: theirs}, tokens, forward, gradients)
 
