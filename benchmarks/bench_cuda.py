@@ -1,4 +1,4 @@
-"""Attention on the GPU: whole sequences forward and backward, and decoding from a cache."""
+"""On the GPU: attention, decoding, and what is done row by row."""
 
 import pytest
 

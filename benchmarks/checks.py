@@ -95,7 +95,7 @@ class RowOracle(Oracle):
         eager: Callable[[Any], Any],
         magnitudes: Callable[[Any], dict[str, float]] = lambda wide: {},
     ):
-        self.rows = None if rows is None or rows <= WHOLE else sampled_rows(rows)
+        self.rows = None if rows is None or rows <= WHOLE else sampled_rows(rows).to(inputs.device)
         self.checked, part = inputs, inputs
         if self.rows is not None:
             douts = tuple(zero_elsewhere(dout, 0, self.rows) for dout in inputs.douts)

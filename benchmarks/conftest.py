@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ def pytest_addoption(parser):
     )
     group.addoption(
         "--device", choices=DEVICES, help="default: cuda where its kernels run, otherwise cpu"
+    )
+    group.addoption(
+        "--emulated", action="store_true", help="the rows of the GPU on tensors of the CPU"
     )
     group.addoption(
         "--save", action="store_true", help="keep the results under benchmarks/results/"
@@ -76,8 +80,11 @@ class Run:
             raise pytest.UsageError(f"--peers: {sorted(unknown)} not among {list(PEERS)}")
         if self.quick and option.save:
             raise pytest.UsageError("--save: the quick grid checks results, its times mean nothing")
+        if option.emulated and not self.quick:
+            raise pytest.UsageError("--emulated: the times mean nothing, so with --grid=quick only")
         full = self.grid == "full"
-        self.device = self._device(option.device)
+        self.emulated = option.emulated
+        self.device = "cpu" if self.emulated else self._device(option.device)
         settings = timing.Settings(
             peers=[name for name in PEERS if name in wanted or name == report.OURS],
             compile=option.compile or ("none" if self.quick else "all" if full else "some"),
@@ -96,7 +103,7 @@ class Run:
         self.left_out: dict[str, str] = {}
         self.left = 0
         self.meter = None
-        if settings.memory and self.device == "cpu":
+        if settings.memory and self.device == "cpu" and not self.emulated:
             self.meter = MemoryMeter(torch.get_num_threads())
         self.console = self._console()
         self.progress = Progress(
@@ -133,7 +140,8 @@ class Run:
         self.left = len(items)
 
     def _wanted(self, case: Case) -> bool:
-        return case.device == self.device and self.grid in case.grids
+        device = "cuda" if self.emulated else self.device
+        return case.device == device and self.grid in case.grids
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtestloop(self, session):
@@ -149,6 +157,8 @@ class Run:
             return (yield)
 
     def measure(self, case: Case, benchmark) -> None:
+        if self.emulated:
+            case = replace(case, device="cpu")
         self.progress.update(self.task, description=case.id)
         self.left -= 1
         most = self.bench.settings.cap

@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 import torch
+from torch._functorch import config
 
 import checks
 import machine
@@ -32,6 +33,8 @@ class CudaBench(Bench):
 
     def __init__(self, settings: Settings):
         super().__init__(settings)
+        # What is compiled must not give up what it keeps: a backward pass is timed many times.
+        config.donated_buffer = False
         self.flushed = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
 
     def run(self, case: Case, benchmark: Any, cap: float) -> Row:

@@ -11,14 +11,11 @@ captured step must give the tokens and logits of the one that is not.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +31,7 @@ from fastattn.nn import (
 from torch import Tensor
 
 import cuda_ceilings
-import machine
+import whole_models as common
 
 CHECKED_STEPS, TIMED_STEPS = 8, 32
 CEILING_SECONDS = 1.0
@@ -187,26 +184,10 @@ def rows(sizes: Sizes, device: str) -> Iterator[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--save", action="store_true", help="write to benchmarks/results/<device>/")
-    parser.add_argument(
-        "--out", type=Path, default=machine.ROOT / "build" / "bench", help="or here"
-    )
-    options = parser.parse_args(argv)
-    if options.save and options.device != "cuda":
-        parser.error("--save: without a GPU there is nothing to keep")
+    options = common.gpu_parser(__doc__).parse_args(argv)
     sizes = Sizes() if options.device == "cuda" else TINY
     done = list(rows(sizes, options.device))
-    folder = options.out
-    if options.save:
-        folder = machine.gpu_results_folder(torch.cuda.get_device_name())
-    folder.mkdir(parents=True, exist_ok=True)
-    known = {"provenance": machine.provenance(options.device), "sizes": asdict(sizes), "rows": done}
-    (folder / "decode_step.json").write_text(json.dumps(known, indent=1) + "\n")
-    print(folder / "decode_step.json")
+    common.write_of_gpu("decode_step.json", options, {"sizes": asdict(sizes), "rows": done})
     return 0
 
 

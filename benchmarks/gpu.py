@@ -8,6 +8,8 @@
     bench       the benchmarks of the GPU, into benchmarks/results/<device>/
                 (FULL=1: the whole grid, for up to an hour)
     decode      a captured decode step of a large model, into the same folder
+    models      layers, and a Llama where transformers is installed, on fastattn and on torch, into
+                the same folder
 
 It installs nothing: the Python that runs it has torch and all that the stages need. Every stage has
 a log in build/gpu, a budget of seconds (and what the stages before it have left of theirs), and
@@ -45,7 +47,10 @@ LOGS = ROOT / "build" / "gpu"
 EMULATED = ROOT / "build" / "emulated_cuda"
 MOST_LOG_BYTES = 1 << 20  # of a log, its end, in the archive
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm")
-PACKAGES = ("torch", "triton", "numpy", "xformers", "flash-attn")
+PACKAGES = (
+    *("torch", "triton", "numpy", "transformers"),
+    *("xformers", "flash-attn", "liger-kernel", "liger_kernel"),
+)
 PROBE = """
 import fastattn, torch
 from fastattn import _C
@@ -95,14 +100,15 @@ def stages() -> list[Stage]:
             {"FASTATTN_CUDA": "1"},
             ROOT,
         ),
-        Stage("probe", [python, "-c", PROBE], 20, here),
+        Stage("probe", [python, "-c", PROBE], 15, here),
         Stage(
-            "tests", [python, "-m", "pytest", *pytest_options(), "-k", "cuda", *tests], 120, here
+            "tests", [python, "-m", "pytest", *pytest_options(), "-k", "cuda", *tests], 110, here
         ),
-        sanitizer("memcheck", 60, here),
-        sanitizer("racecheck", 60, here),
+        sanitizer("memcheck", 50, here),
+        sanitizer("racecheck", 50, here),
         Stage("bench", [python, str(HERE / "run.py"), "--device=cuda", "--save"], bench, here),
-        Stage("decode", [python, str(HERE / "decode_step.py"), "--save"], 50, here),
+        Stage("decode", [python, str(HERE / "decode_step.py"), "--save"], 40, here),
+        Stage("models", [python, str(HERE / "cuda_models.py"), "--save"], 50, here),
     ]
 
 
@@ -136,7 +142,8 @@ def dry_stages() -> list[Stage]:
     python, here = sys.executable, {"PYTHONPATH": str(EMULATED), "FASTATTN_CPU_ISA": "sm80"}
     calls = [python, str(HERE / "kernel_calls.py"), "--device=cpu", "--seconds=60"]
     test = str(ROOT / "tests" / "test_attention_sdpa.py")
-    rows = ["--device=cpu", "--no-memory", "-k", "attention and bf16 and causal"]
+    row_by_row = "norm or gelu or swiglu or rope or kv_cache_update"
+    rows = ["--emulated", "-k", f"177x64-causal-bf16 or decode or ({row_by_row}) and not fp16"]
     return [
         Stage(
             "build",
@@ -151,6 +158,7 @@ def dry_stages() -> list[Stage]:
         Stage("racecheck", [], 0, obstacle="the emulator looks for races wherever it runs"),
         Stage("bench", [python, str(HERE / "run.py"), *rows], 200, here | {"QUICK": "1"}),
         Stage("decode", [python, str(HERE / "decode_step.py"), "--device=cpu"], 60, here),
+        Stage("models", [python, str(HERE / "cuda_models.py"), "--device=cpu"], 60, here),
     ]
 
 
@@ -249,7 +257,7 @@ def results_folder(known: dict[str, object], outcomes: list[Outcome]) -> Path | 
     """Where the benchmarks have saved their results, if they ran and a GPU has a name."""
     gpu = known["gpu"]
     assert isinstance(gpu, dict)
-    ran = any(outcome.stage in ("bench", "decode") for outcome in outcomes)
+    ran = any(outcome.stage in ("bench", "decode", "models") for outcome in outcomes)
     return machine.gpu_results_folder(gpu["name"]) if ran and "name" in gpu else None
 
 

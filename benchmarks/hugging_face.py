@@ -16,6 +16,7 @@ documentation of Python, in one batch; in fp32 no number of an embedding may be 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import inspect
 import pydoc_data.topics
@@ -59,8 +60,9 @@ ALL = {"norms": True, "activations": True, "rotary": True, "linears": True}
 
 def decoder(config: Any, dtype: torch.dtype, implementation: str) -> Any:
     torch.manual_seed(0)
+    # NOTE: a model keeps the config itself, which holds its attention: each needs one of its own.
     model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation=implementation, dtype=dtype
+        copy.deepcopy(config), attn_implementation=implementation, dtype=dtype
     )
     return model.eval()
 

@@ -5,10 +5,12 @@
     SAVE=1, --save          results go to benchmarks/results/<cpu>/<level>/, or for a GPU to
                             benchmarks/results/<gpu>/, not to build/bench/
     --device=cpu|cuda       whose rows; by default those of the GPU where its kernels run
+    --emulated              with QUICK=1, the rows of the GPU where fastattn's GPU is emulated
     --seconds=N             how long the default grid may take (about)
     --threads=N             threads of every peer
     --peers=A,B             some of sdpa, eager, compile, onnxruntime, openvino; for a GPU of flash,
-                            cudnn, efficient, flex, math, eager, flash_attn, xformers
+                            cudnn, efficient, flex, math, eager, flash_attn, xformers,
+                            compile, liger
     --compile=none|some|all rows in which torch.compile takes part (it costs seconds per row)
     --cold                  inputs from memory and not from caches in all rows, as in decode
                             and kv_cache

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import machine
 
 PRECISIONS = ("fp32", "bf16")
@@ -28,6 +30,30 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=machine.ROOT / "build" / "bench", help="or here")
     made.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     return made
+
+
+def gpu_parser(doc: str) -> argparse.ArgumentParser:
+    """The options of the programs for a GPU."""
+    made = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    made.add_argument("--save", action="store_true", help="write to benchmarks/results/<device>/")
+    made.add_argument("--out", type=Path, default=machine.ROOT / "build" / "bench", help="or here")
+    return made
+
+
+def write_of_gpu(name: str, options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """A file of this name, to where the options say."""
+    chosen: Path = options.out
+    if options.save:
+        if options.device != "cuda":
+            raise SystemExit("--save: without a GPU there is nothing to keep")
+        chosen = machine.gpu_results_folder(torch.cuda.get_device_name())
+    chosen.mkdir(parents=True, exist_ok=True)
+    known = {"provenance": machine.provenance(options.device)} | results
+    (chosen / name).write_text(json.dumps(known, indent=1) + "\n")
+    print(chosen / name)
 
 
 def folder(options: argparse.Namespace) -> Path:

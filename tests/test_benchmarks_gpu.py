@@ -50,6 +50,96 @@ def test_work_is_what_the_papers_count(module):
     assert decode.input_bytes == cache < decode.work < 1.001 * cache
 
 
+def test_rows_of_every_function_are_in_the_default_grid(module):
+    rows = [case for case in module("cases").on("cuda") if "default" in case.grids]
+    passes = {(case.op, case.passes) for case in rows if case.dtype == "bf16"}
+    ops = ("layer_norm", "rms_norm", "add_rms_norm", "gelu", "bias_gelu", "swiglu", "rope")
+    assert passes >= {(op, way) for op in ops for way in ("fwd", "bwd")}
+    assert ("kv_cache_update", "fwd") in passes
+    norms = [(c.rows, c.width) for c in rows if c.op == "rms_norm" and c.passes == "bwd"]
+    assert {*norms} == {(8192, 4096), (8192, 1024), (2048, 8192), (32768, 768)}
+
+
+def test_a_backward_row_counts_its_own_bytes(module):
+    by_id, matrix = module("cases").BY_ID, 8192 * 4096 * 2
+    for name, forward, backward in (
+        ("rms_norm-8192x4096", 2, 3),  # in, out; input, its output's gradient, gradient
+        ("add_rms_norm-8192x4096", 4, 4),
+        ("swiglu-8192x4096-two", 3, 5),
+    ):
+        assert by_id[f"cuda-{name}-bf16-fwd"].work == forward * matrix
+        assert by_id[f"cuda-{name}-bf16-bwd"].work == backward * matrix
+    rotated = by_id["cuda-rope-2x32/8x4096x128-half-bf16-fwd"]
+    assert rotated.work == 2 * matrix * (32 + 8) / 32
+    assert replace(rotated, backward=True).work == rotated.work
+    written = by_id["cuda-kv_cache_update-1x32x8192x128-contiguous-bf16-fwd"]
+    assert written.work == 4 * matrix  # keys and values, in and out
+
+
+SMALL_ROWS = {  # beyond 512 a sample is compared
+    "layer_norm": ("CudaNormCase", (601, 24)),
+    "rms_norm": ("CudaNormCase", (601, 24)),
+    "add_rms_norm": ("CudaNormCase", (601, 24)),
+    "gelu": ("CudaActivationCase", (601, 24, "none")),
+    "bias_gelu": ("CudaActivationCase", (601, 24, "none")),
+    "swiglu": ("CudaActivationCase", (601, 24, "two")),
+    "rope": ("CudaRopeCase", (2, 4, 2, 9, 16)),
+}
+
+
+@pytest.mark.parametrize("op", SMALL_ROWS)
+def test_rows_are_right_and_only_their_gradients_timed(module, op):
+    name, shape = SMALL_ROWS[op]
+    kind = getattr(module("cases.cuda_rows"), name)
+    case = kind(*shape, op=op, dtype="bf16", backward=True, device="cpu")
+    inputs, forward = case.inputs(), case.peers["fastattn"].build(case)
+    oracle = case.oracle(inputs)
+    assert oracle.budget_used(module("checks").evaluate(forward, oracle.checked)) <= 1
+    assert oracle.peer_obstacle(module("checks").evaluate(forward, oracle.checked)) is None
+    step = module("cuda_timing")._Gradients(forward, inputs)
+    assert len(step(inputs)) == len(inputs.leaves)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "paged16"])
+def test_a_cache_write_that_leaves_a_row_out_is_found(module, kind):
+    case = module("cases.cuda_rows").CudaCacheWriteCase(
+        2, 3, 21, 8, kind, op="kv_cache_update", dtype="bf16", device="cpu"
+    )
+    inputs = case.inputs()
+    oracle = case.oracle(inputs)
+    for name in ("fastattn", "eager"):
+        results = case.peers[name].build(case)(inputs)
+        assert oracle.peer_obstacle(results) is None
+        assert not any(cache.any() for cache in results), "the next one finds what this one wrote"
+    shorter = replace(inputs, key=inputs.key[:, :, :20], value=inputs.value[:, :, :20])
+    results = case.peers["fastattn"].build(case)(shorter)
+    assert "k_cache" in oracle.peer_obstacle(results)
+
+
+def test_layers_and_models_are_right(module, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    assert module("cuda_models").main(["--device=cpu", f"--out={tmp_path}"]) == 0
+    rows = json.loads((tmp_path / "models.json").read_text())["rows"]
+    assert [row["problem"] for row in rows] == ["encoder layer", "decoder block", "Llama"]
+    assert all(0 < row["error_used"] <= 1 for row in rows)
+    with pytest.raises(SystemExit, match="nothing to keep"):
+        module("cuda_models").main(["--device=cpu", "--save"])
+
+
+def test_models_that_are_compared_have_attention_of_their_own(module):
+    pytest.importorskip("transformers")
+    programs = module("hugging_face")
+    ours, theirs = (
+        programs.decoder(programs.QUICK_LLAMA, torch.float32, name) for name in ("eager", "sdpa")
+    )
+    assert (ours.config._attn_implementation, theirs.config._attn_implementation) == (
+        "eager",
+        "sdpa",
+    )
+    models = module("cuda_models").llama(module("cuda_models").TINY, "cpu").models
+    assert [model.config._attn_implementation for model in models.values()] == ["fastattn", "sdpa"]
+
+
 def test_peers_that_cannot_run_say_why(module):
     cases, base = module("cases"), module("cases.base")
     huge = cases.BY_ID["cuda-attention-1x32x16384x64-none-bf16-fwd"]
@@ -62,10 +152,9 @@ def test_peers_that_cannot_run_say_why(module):
 
 
 @pytest.mark.parametrize("mask", ["none", "causal", "padded"])
-def test_the_backward_pass_is_timed_alone_and_right(module, monkeypatch, mask):
+def test_the_backward_pass_is_timed_alone_and_right(module, mask):
     kind = module("cases.cuda_attention").CudaAttentionCase
-    monkeypatch.setattr(kind, "device", "cpu")
-    case = kind(2, 2, 2, 70, 70, 16, mask, op="attention", backward=True)
+    case = kind(2, 2, 2, 70, 70, 16, mask, op="attention", backward=True, device="cpu")
     inputs, forward = case.inputs(), case.peers["fastattn"].build(case)
     results = module("checks").evaluate(forward, inputs)
     assert case.oracle(inputs).budget_used(results) <= 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cases import activation, attention, cuda_attention, kv_cache, norm, rope
+from cases import activation, attention, cuda_attention, cuda_rows, kv_cache, norm, rope
 from cases.base import Case
 
 ALL: list[Case] = [
@@ -12,6 +12,7 @@ ALL: list[Case] = [
     *rope.ALL,
     *kv_cache.ALL,
     *cuda_attention.ALL,
+    *cuda_rows.ALL,
 ]
 BY_ID = {case.id: case for case in ALL}
 PEERS = {name: peer for case in ALL for name, peer in case.peers.items()}

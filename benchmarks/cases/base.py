@@ -35,6 +35,10 @@ class Inputs:
     douts: tuple[Tensor, ...] = field(default=(), kw_only=True)  # where the pass goes backward
 
     @property
+    def device(self) -> torch.device:
+        return next(v.device for v in vars(self).values() if isinstance(v, Tensor))
+
+    @property
     def leaves(self) -> dict[str, Tensor]:
         """What the backward pass differentiates."""
         return {
@@ -96,6 +100,7 @@ class Case:
     backward: bool = False
     grids: tuple[str, ...] = ("full",)
     compiled: bool = False  # torch.compile takes part by default: it costs seconds per shape
+    device: str = "cpu"
 
     family: ClassVar[str]
     peers: ClassVar[dict[str, Peer]]  # fastattn first
@@ -105,7 +110,6 @@ class Case:
     axis: ClassVar[str] = "length"  # what `size` is, in plots
     note: ClassVar[str]  # what the table of the family is read with
     is_cold: ClassVar[bool] = False  # inputs come from memory even without --cold
-    device: ClassVar[str] = "cpu"
     # Only the gradients are timed where the pass goes backward: forward has a row of its own.
     backward_alone: ClassVar[bool] = False
 
@@ -186,7 +190,8 @@ def normal(
     """Normally distributed numbers. Large tensors repeat those of a block, which takes less time
     than to draw them all, and whose odd size makes the rows differ all the same."""
     count = math.prod(shape)
-    block = torch.randn(min(count, (1 << 22) - 3), generator=generator).add_(mean).to(dtype)
+    drawn = min(count, (1 << 22) - 3)
+    block = torch.randn(drawn, generator=generator, device=generator.device).add_(mean).to(dtype)
     repeated = block.repeat(-(-count // max(len(block), 1)))[:count]
     return repeated.view(shape).requires_grad_(grad)
 

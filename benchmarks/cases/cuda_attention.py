@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cases import cuda_attention_peers
 from cases.attention import AttentionCase
@@ -19,7 +19,8 @@ CACHES, BATCHES = (8192, 32768, 131072), (1, 8, 64)
 class CudaAttentionCase(AttentionCase):
     """One row of "cuda attention" or "cuda decode"."""
 
-    device = "cuda"
+    device: str = field(default="cuda", kw_only=True)
+
     backward_alone = True
     is_cold = True  # the caches are overwritten before each call
     peers = cuda_attention_peers.PEERS

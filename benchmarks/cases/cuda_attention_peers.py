@@ -73,11 +73,9 @@ def _expect_plain(case: CudaAttentionCase) -> None:
 
 
 def _flex(case: CudaAttentionCase) -> Forward:
-    from torch._functorch import config
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     _expect_plain(case)
-    config.donated_buffer = False  # the graph is kept, for the backward pass to be timed alone
     mask = None
     if case.is_causal:
         offset = case.keys - case.queries

@@ -134,8 +134,13 @@ the copy rate; small shapes stay in caches and may exceed it."""
             positions = taken = last[:, None]
         wide = angles[taken][:, None]
         wide = wide.repeat_interleave(2, -1) if self.interleaved else torch.cat((wide, wide), -1)
-        angles = angles if positions is not None else angles[: self.length]
-        tables = (t.float() for t in (angles.cos(), angles.sin(), wide.cos(), wide.sin()))
+        if positions is not None:
+            positions = positions.to(self.device)
+        else:
+            angles = angles[: self.length]
+        tables = (
+            t.float().to(self.device) for t in (angles.cos(), angles.sin(), wide.cos(), wide.sin())
+        )
         leaves = (draw(shape, grad=self.backward) for shape in shapes)
         inputs = RopeInputs(*leaves, *tables, positions=positions)
         if self.backward:
