@@ -36,7 +36,7 @@ def run_check() -> bool:
             continue
         with running_on(level):
             for dtype in DTYPES:
-                for name, case in _cases(level):
+                for name, case in _cases():
                     line = f"{level:<12}{str(dtype).removeprefix('torch.'):<10}{name:<16}"
                     try:
                         print(f"{line}{100 * case(dtype):5.1f}  ok")
@@ -52,7 +52,7 @@ def _cuda_obstacle() -> str | None:
     return None if torch.cuda.is_available() else "no GPU, or a torch without CUDA"
 
 
-def _cases(level: str) -> Iterator[tuple[str, Case]]:
+def _cases() -> Iterator[tuple[str, Case]]:
     attentions: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "plain": ({"queries": 129, "head_dim": 64}, {}),
         "causal": ({"queries": 65, "keys": 130, "head_dim": 80}, {"causal": True}),
@@ -68,8 +68,6 @@ def _cases(level: str) -> Iterator[tuple[str, Case]]:
     yield "swiglu", partial(_function, "swiglu", (rows, rows), {}, ())
     tables = functional.rope_tables(24, 19)
     yield "rope", partial(_function, "apply_rope", ((2, 3, 19, 40),), {}, tables)
-    if level == "cuda":  # all else has no kernels there
-        return
     yield "cache", partial(_cache, False)
     yield "cache, int8", partial(_cache, True)
     yield "layer_norm", partial(_function, "layer_norm", (rows, row, row), {}, ())

@@ -173,7 +173,7 @@ def _on_cuda(query: Tensor, recorder: _Recorder, options: Mapping[str, Any]) -> 
         reasons, rejected = [f"level {level}: {why}"], {"cpu": "emulated"}
     if recorder.arch == "sm90":
         rejected["sm80"] = "the GPU has instructions that the kernel of sm90 is written for"
-    else:
+    elif recorder.arch:
         rejected["sm90"] = recorder.why_not_sm90
     _add_schedules(schedule, _CUDA_SCHEDULES, options, reasons, rejected)
     if recorder.tiles:

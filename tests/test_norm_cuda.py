@@ -4,7 +4,7 @@ nothing waits. On an emulated GPU as far as that goes (FASTATTN_CUDA=emulate).""
 import pytest
 import torch
 from attention_options import skip_on_gpu
-from cuda_cases import emulated, gpu
+from cuda_cases import captured, emulated, gpu
 from norm_cases import NORMS, call, check_norm, cotangents, norm_inputs, results
 
 import fastattn.functional as fa
@@ -135,15 +135,7 @@ def test_a_graph_captures_both_passes_and_repeats_them(cuda):
         outputs = call(fa, "add layer", leaves, dropout_p=0.1)
         return *outputs, *torch.autograd.grad(outputs, list(leaves.values()), arrived)
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    assert all(x.isfinite().all() for x in captured)
-    again = fa.layer_norm(captured[1].detach(), 1000, inputs["weight"], inputs["bias"])
-    assert torch.equal(captured[0], again)
+    results_of = captured(step)
+    assert all(x.isfinite().all() for x in results_of)
+    again = fa.layer_norm(results_of[1].detach(), 1000, inputs["weight"], inputs["bias"])
+    assert torch.equal(results_of[0], again)

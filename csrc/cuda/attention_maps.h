@@ -6,6 +6,13 @@
 
 namespace fastattn::cuda {
 
+// Whether this build has the kernels that read through these maps.
+#ifdef FASTATTN_WITH_SM90
+constexpr bool kHasSm90Kernels = true;
+#else
+constexpr bool kHasSm90Kernels = false;
+#endif
+
 // Whether TMA can read a tensor shaped like the queries, or like the keys: rows begin at multiples
 // of 16 bytes, and it does not repeat in memory.
 bool takes_queries(const AttentionParams& params, const ConstTensor& tensor, int64_t columns);

@@ -6,12 +6,6 @@
 namespace fastattn::cuda {
 namespace {
 
-#ifdef FASTATTN_WITH_SM90
-constexpr bool kIsBuilt = true;
-#else
-constexpr bool kIsBuilt = false;
-#endif
-
 // The head_dim of the kernel that takes these.
 int kernel_head_dim(const AttentionParams& p) {
   const int64_t widest = max_of(p.head_dim, p.head_dim_v);
@@ -51,7 +45,7 @@ cudaError_t encode_maps(BackwardParamsSm90* params, int queries) {
 
 bool takes_backward_sm90(const AttentionGradParams& g, const DeviceLimits& limits) {
   const AttentionParams& p = g.forward;
-  if (!kIsBuilt || limits.arch != 90 || p.dtype == DType::kFloat32) return false;
+  if (!kHasSm90Kernels || limits.arch != 90 || p.dtype == DType::kFloat32) return false;
   if (g.deterministic || p.batch_invariant || has_terms(p)) return false;
   if (g.dquery.data == nullptr || g.dkey.data == nullptr) return false;
   if (max_of(p.head_dim, p.head_dim_v) > kMaxHeadDimBackwardSm90) return false;

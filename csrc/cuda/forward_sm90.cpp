@@ -6,12 +6,6 @@
 namespace fastattn::cuda {
 namespace {
 
-#ifdef FASTATTN_WITH_SM90
-constexpr bool kIsBuilt = true;
-#else
-constexpr bool kIsBuilt = false;
-#endif
-
 // The head dimensions of the kernel that takes these.
 HeadDims head_dims_of(const AttentionParams& p) {
   for (const HeadDims& dims : kHeadDimsSm90) {
@@ -57,7 +51,7 @@ cudaError_t launch(const ForwardParamsSm90& params, int most_blocks, cudaStream_
 
 const char* sm90_obstacle(const AttentionParams& p, const DeviceLimits& limits) {
   if (limits.arch != 90) return "the GPU is not of compute capability 9.0";
-  if (!kIsBuilt) return "this build has no 90a in FASTATTN_CUDA_ARCHS";
+  if (!kHasSm90Kernels) return "this build has no 90a in FASTATTN_CUDA_ARCHS";
   if (p.dtype == DType::kFloat32) return "float32";
   if (p.batch_invariant) return "batch_invariant: one schedule for every call";
   if (is_int8(p.cache)) return "an int8 cache";

@@ -249,9 +249,10 @@ def attention_varlen(
             Rows from the last value on belong to no sequence: they are 0 in out, -inf in lse, and 0
             in the gradients. See cu_seqlens_from_lengths and its neighbours.
         max_seqlen_q, max_seqlen_k: at least the longest sequence. Optional: on the CPU it is found,
-            and on CUDA the number of rows stands for it, at the cost of idle thread blocks. The CPU
-            refuses less; on CUDA, where the lengths are out of the host's reach, rows of a longer
-            sequence from there on take no part, as those that belong to none.
+            and on CUDA the number of rows stands for it, at the cost of idle thread blocks. One
+            that is too small is refused on the CPU. On CUDA the lengths are out of the host's
+            reach: the rows of a longer sequence beyond it take no part, as those that belong to
+            none.
         mask, bias: broadcast to (sequences, heads, max_seqlen_q, max_seqlen_k), or to more.
         query_lengths, key_lengths: (sequences), where a sequence is padded inside its rows.
         alibi_slopes: (heads) or (sequences, heads).
