@@ -16,25 +16,13 @@ struct HeadItem {
   int64_t tile_rows, tiles;
 };
 
-// Packed keys and values of a sequence beyond this many bytes come from a cache far away: higher
-// tiles read them less often.
-constexpr int64_t kNearBytes = 3 << 19;  // 1.5 MB
-
-int64_t packed_bytes(const AttentionParams& p, const Sequence& s, const AttentionKernels& kernels) {
-  return static_cast<int64_t>(kernels.packed_block_bytes(p)) * ceil_div(s.len_k, kernels.k_block);
-}
-
-int64_t tile_rows(const AttentionParams& p, const Sequence& s, const AttentionKernels& kernels) {
-  return packed_bytes(p, s, kernels) > kNearBytes ? kernels.q_tile_far : kernels.q_tile;
-}
-
 std::vector<HeadItem> head_items(const AttentionParams& p, std::span<const Sequence> sequences,
                                  const AttentionKernels& kernels) {
   std::vector<HeadItem> items;
   items.reserve(sequences.size() * static_cast<size_t>(p.heads_kv));
   for (const Sequence& s : sequences) {
     const Range blocks = blocks_seen(p, s, {0, s.len_q}, kernels.k_block);
-    const int64_t rows = tile_rows(p, s, kernels);
+    const int64_t rows = kernels.q_tile;
     for (int64_t h = 0; h < p.heads_kv; ++h) {
       items.push_back({&s, h, blocks, rows, ceil_div(s.rows_q, rows)});
     }
@@ -58,6 +46,20 @@ void run_tile(const AttentionParams& p, const AttentionKernels& kernels, const H
                        {first, first + item.tile_rows}, packed, scratch);
 }
 
+// Asks for the queries of the tile that run_tile begins with.
+void prefetch_queries(const AttentionParams& p, const HeadItem& item) {
+  const int64_t group = p.heads_q / p.heads_kv, size = static_cast<int64_t>(dtype_size(p.dtype));
+  const int64_t first = (item.tiles - 1) * item.tile_rows;
+  const Sequence& s = *item.sequence;
+  const char* head = static_cast<const char*>(p.query.data) +
+                     offset_of(p.query.stride, s.b0, s.b1, item.head_kv * group) * size;
+  for (int64_t i = s.first_q + first; i < s.first_q + s.len_q; ++i) {
+    const char* row = head + i * p.query.stride[3] * size;
+    for (int64_t byte = 0; byte < p.head_dim * size; byte += 64)
+      __builtin_prefetch(row + byte, 0, 2);
+  }
+}
+
 Status forward_private(const AttentionParams& p, const AttentionKernels& kernels,
                        const std::vector<HeadItem>& items, const Threads& threads) {
   const int64_t group = p.heads_q / p.heads_kv;
@@ -71,6 +73,7 @@ Status forward_private(const AttentionParams& p, const AttentionKernels& kernels
   for_each_item(threads, workers, count, [&](int64_t i, int64_t worker) {
     const HeadItem& item = items[static_cast<size_t>(i)];
     char* packed = workspace.data() + worker_bytes * static_cast<size_t>(worker);
+    prefetch_queries(p, item);
     for (int64_t b = item.blocks.first; b < item.blocks.last; ++b) {
       kernels.pack_block(p, *item.sequence, item.head_kv, b,
                          packed + block_bytes * (b - item.blocks.first));
@@ -186,12 +189,14 @@ Status forward_decode(const AttentionParams& p, const AttentionKernels& kernels,
 // Few query rows for every KV head: packing K and V would cost more than it saves. With more of
 // them it soon pays, if what is packed stays in the nearest caches.
 constexpr int64_t kManyRows = 16, kFewKeys = 256;
+constexpr int64_t kNearBytes = 3 << 20;
 
 bool takes_decode_schedule(const AttentionParams& p, const AttentionKernels& kernels,
                            const Sequence& s) {
   const int64_t rows = p.heads_q / p.heads_kv * s.len_q;
   if (rows > kManyRows && s.len_k <= kFewKeys) return false;
-  const bool is_far = packed_bytes(p, s, kernels) > 2 * kNearBytes;
+  const int64_t blocks = ceil_div(s.len_k, kernels.k_block);
+  const bool is_far = static_cast<int64_t>(kernels.packed_block_bytes(p)) * blocks > kNearBytes;
   return !p.batch_invariant && !p.for_backward &&
          rows <= (is_far ? kernels.decode_max_rows_far : kernels.decode_max_rows);
 }

@@ -34,8 +34,9 @@ struct TileSession {
 
 // A product of up to 2 x 2 tiles of sums, and where it belongs.
 struct TileProduct {
-  const bf16* a;  // row-major, lda elements a row
+  const bf16* a;  // rows of 32 elements, lda elements apart
   int64_t lda;
+  int64_t a_step;       // to the next 32 elements of these rows
   const bf16* b;        // the first of `depth` consecutive operand tiles
   int64_t column_step;  // to those of the next 16 columns
   int depth;
@@ -47,55 +48,71 @@ struct TileProduct {
 // The sums in the tile registers. Tile instructions issue in order, and a store waits for the
 // products before it: one right behind them would hold up all that follow, for a quarter of the
 // time of a product 4 tiles deep. So sums are stored while the next product starts, or by flush().
+// The right operand is loaded past the nearest cache: it is read once for all rows of a, and would
+// drive out what is read and written again.
 // Tile registers: 0..3 sums, 4..5 left operand, 6..7 right operand.
 // (The intrinsics of gcc 12 want the number of a register written out.)
 class TileSums {
  public:
-  template <int kRows, int kColumns>
-  __attribute__((always_inline)) void multiply(const TileProduct& p) {
+  // Calls `between` after each tile product, with its number of the up to four that share operands.
+  // A product keeps one of the two vector ports busy for 16 cycles: work on the other one costs
+  // nothing, if it stands so near that the processor sees it.
+  template <int kRows, int kColumns, typename Between>
+  __attribute__((always_inline)) void multiply(const TileProduct& p, Between&& between) {
     // NOTE: gcc 12 does not know that _tile_loadd reads memory; stores must be done before.
     __atomic_signal_fence(__ATOMIC_SEQ_CST);
     const size_t a_stride = static_cast<size_t>(p.lda) * sizeof(bf16);
     const size_t c_stride = static_cast<size_t>(p.ldc) * sizeof(float);
-    const bf16* a_below = p.a + kTileRows * p.lda;
-    const bf16* b_right = p.b + p.column_step;
+    const bf16 *a = p.a, *a_below = p.a + kTileRows * p.lda;
+    const bf16 *b = p.b, *b_right = p.b + p.column_step;
     float* c_below = p.c + kTileRows * p.ldc;
-    _tile_loadd(4, p.a, a_stride);
-    _tile_loadd(6, p.b, 64);
-    if constexpr (kColumns == 2) _tile_loadd(7, b_right, 64);
+    _tile_loadd(4, a, a_stride);
+    _tile_stream_loadd(6, b, 64);
+    if constexpr (kColumns == 2) _tile_stream_loadd(7, b_right, 64);
     if constexpr (kRows == 2) _tile_loadd(5, a_below, a_stride);
     store<0>();
     start<0>(p, p.c, c_stride);
     _tile_dpbf16ps(0, 4, 6);
+    between.template after<0>();
     store<1>();
     if constexpr (kColumns == 2) {
       start<1>(p, p.c + kTileColumns, c_stride);
       _tile_dpbf16ps(1, 4, 7);
+      between.template after<1>();
     }
     store<2>();
     if constexpr (kRows == 2) {
       start<2>(p, c_below, c_stride);
       _tile_dpbf16ps(2, 5, 6);
+      between.template after<2>();
     }
     store<3>();
     if constexpr (kRows == 2 && kColumns == 2) {
       start<3>(p, c_below + kTileColumns, c_stride);
       _tile_dpbf16ps(3, 5, 7);
+      between.template after<3>();
     }
 #pragma GCC unroll 1  // else the addresses of many steps fill all registers
     for (int i = 1; i < p.depth; ++i) {
-      const int64_t tile = static_cast<int64_t>(i) * kTileElements;
-      _tile_loadd(4, p.a + i * kTileDepth, a_stride);
-      _tile_loadd(6, p.b + tile, 64);
+      a += p.a_step, a_below += p.a_step;
+      b += kTileElements, b_right += kTileElements;
+      _tile_loadd(4, a, a_stride);
+      _tile_stream_loadd(6, b, 64);
       _tile_dpbf16ps(0, 4, 6);
+      between.template after<0>();
       if constexpr (kColumns == 2) {
-        _tile_loadd(7, b_right + tile, 64);
+        _tile_stream_loadd(7, b_right, 64);
         _tile_dpbf16ps(1, 4, 7);
+        between.template after<1>();
       }
       if constexpr (kRows == 2) {
-        _tile_loadd(5, a_below + i * kTileDepth, a_stride);
+        _tile_loadd(5, a_below, a_stride);
         _tile_dpbf16ps(2, 5, 6);
-        if constexpr (kColumns == 2) _tile_dpbf16ps(3, 5, 7);
+        between.template after<2>();
+        if constexpr (kColumns == 2) {
+          _tile_dpbf16ps(3, 5, 7);
+          between.template after<3>();
+        }
       }
     }
     c_ = p.c;

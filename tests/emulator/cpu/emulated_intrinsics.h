@@ -298,6 +298,7 @@ inline void tile_dpbf16(int c_index, int a_index, int b_index) {
 #define _mm512_shuffle_f32x4 simde_mm512_shuffle_f32x4
 
 #undef _tile_loadd
+#undef _tile_stream_loadd
 #undef _tile_stored
 #undef _tile_zero
 #undef _tile_dpbf16ps
@@ -305,5 +306,6 @@ inline void tile_dpbf16(int c_index, int a_index, int b_index) {
 #define _tile_release emulated::tile_release
 #define _tile_zero emulated::tile_zero
 #define _tile_loadd emulated::tile_load
+#define _tile_stream_loadd emulated::tile_load
 #define _tile_stored emulated::tile_store
 #define _tile_dpbf16ps emulated::tile_dpbf16
