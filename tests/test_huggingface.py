@@ -1,6 +1,8 @@
 """What the name "fastattn" and patch promise for models of transformers, beyond the families."""
 
 import copy
+import importlib
+import inspect
 import pickle
 
 import pytest
@@ -24,6 +26,7 @@ from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, Stati
 
 from fastattn._ops import attention as ops
 from fastattn.integrations import huggingface
+from fastattn.integrations.huggingface.adapters import ADAPTERS
 from fastattn.testing import randn
 
 huggingface.register()
@@ -302,6 +305,18 @@ def test_a_batch_of_one_counts_for_all(queries, keys, masked):
 
     for got, want in zip(found(False), found(True), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("adapter", sorted(set(ADAPTERS.values())))
+def test_adapters_take_each_argument_by_name(adapter):
+    """One that is renamed by a new version of transformers would be lost among the others."""
+
+    def names(cls):
+        parameters = inspect.signature(cls.forward).parameters.values()
+        return {x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD}
+
+    for source, ours in importlib.import_module(adapter).REPLACEMENTS.items():
+        assert names(source) <= names(ours), source
 
 
 # Patch and unpatch.
