@@ -22,6 +22,7 @@ from family_cases import (
 )
 from family_decoders import MODERN, causal_lm
 from family_encoders import BERT, MODERNBERT
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, StaticCache
 
 from fastattn._ops import attention as ops
@@ -284,6 +285,14 @@ def test_what_would_be_lost_is_refused(name):
     x = heads(1, 3)
     with pytest.raises(ValueError, match=f"{name}: expected None.* got Tensor from Identity"):
         huggingface.attention_forward(torch.nn.Identity(), x, x, x, None, **{name: torch.ones(1)})
+
+
+def test_weights_on_cuda_are_refused():
+    with FakeTensorMode():
+        x = torch.empty(1, 4, 3, 8, device="cuda")
+    asked = {"is_causal": False, "output_attentions": True}
+    with pytest.raises(ValueError, match=r"^output_attentions: expected False on cuda:0"):
+        huggingface.attention_forward(torch.nn.Identity(), x, x, x, None, **asked)
 
 
 def test_continuous_batching_is_refused():
