@@ -1,9 +1,11 @@
-"""Families of text whose attention is replaced by an adapter, small."""
+"""Families of text whose attention is replaced by an adapter, or was in older versions, small."""
 
 from typing import Any
 
 import transformers
 from family_cases import VOCABULARY, Family, randomise, text
+
+from fastattn.integrations.huggingface.adapters import ADAPTERS
 
 CACHES = ("dynamic", "static")
 PADDINGS = ("none", "right", "left")
@@ -37,13 +39,14 @@ def decoder(
     paddings: tuple[str, ...] = PADDINGS,
     caches: tuple[str, ...] = CACHES,
     implementation: str = "eager",
+    way: str = "adapter",
     note: str = "",
     **config: Any,
 ) -> Family:
     def build() -> Any:
         return model("ForCausalLM", name, implementation, TOKENS | config)
 
-    return Family(label, "decoder", "adapter", build, text, paddings, caches, note=note)
+    return Family(label, "decoder", way, build, text, paddings, caches, note=note)
 
 
 def deberta(label: str, name: str, kinds: tuple[str, ...], **config: Any) -> Family:
@@ -95,7 +98,15 @@ FAMILIES = (
     *DEBERTA,
     encoder("MPNet", "MPNet"),
     decoder("GPT-Neo", "GPTNeo", (*PADDINGS, "packed"), **GPT_NEO),
-    decoder("GPT-J", "GPTJ", (*PADDINGS, "packed"), rotary_dim=8, **GPTJ),
+    decoder(
+        "GPT-J",
+        "GPTJ",
+        (*PADDINGS, "packed"),
+        way="adapter" if "transformers.models.gptj.modeling_gptj" in ADAPTERS else "hook",
+        note="an adapter before transformers 5.24",
+        rotary_dim=8,
+        **GPTJ,
+    ),
     decoder("BLOOM", "Bloom", note=NO_PACKING, n_head=4, **BLOOM),
     decoder("BLOOM (6 heads)", "Bloom", note=NO_PACKING, n_head=6, **(BLOOM | {"hidden_size": 48})),
     falcon("Falcon (multi-query)", note=NO_PACKING),

@@ -112,6 +112,15 @@ def test_an_op_without_a_cuda_kernel_says_so():
     assert str(error).startswith("query: expected a tensor on cpu") and why in str(error)
 
 
+def test_weights_on_cuda_are_refused_by_the_name_that_asks_for_them():
+    module = fastattn.nn.MultiheadAttention(32, 4)
+    with FakeTensorMode():
+        x = torch.empty(5, 2, 32, device="cuda")
+    expected = r"^need_weights: expected False on cuda:0, as attention_weights has no CUDA kernel"
+    with pytest.raises(ValueError, match=expected):
+        module(x, x, x)
+
+
 @gpu
 @pytest.mark.parametrize("name", ["query_lengths", "key_lengths", "mask", "sink", "key"])
 def test_tensors_of_two_devices_are_refused_before_they_are_read(cuda, name):

@@ -89,6 +89,9 @@ def test_generated_tokens_are_those_of_eager(name, cache, calls):
     assert torch.equal(got, want)
 
 
+@pytest.mark.skipif(
+    FAMILIES["GPT-J"].way == "adapter", reason="the page says what is so from transformers 5.24 on"
+)
 def test_the_page_lists_them():
     written = Path(__file__).parent.parent / "docs" / "families.md"
     assert written.read_text() == page(), "python tests/family_cases.py > docs/families.md"

@@ -1,6 +1,8 @@
 """What the name "fastattn" and patch promise for models of transformers, beyond the families."""
 
 import copy
+import importlib
+import inspect
 import pickle
 
 import pytest
@@ -20,14 +22,17 @@ from family_cases import (
 )
 from family_decoders import MODERN, causal_lm
 from family_encoders import BERT, MODERNBERT
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DataCollatorWithFlattening, StaticCache
 
 from fastattn._ops import attention as ops
 from fastattn.integrations import huggingface
+from fastattn.integrations.huggingface.adapters import ADAPTERS
 from fastattn.testing import randn
 
 huggingface.register()
 
+CONFIG = transformers.PreTrainedConfig
 FAMILIES = {family.name: family for family in families()}
 TINY_BLOOM = {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}
 
@@ -282,6 +287,14 @@ def test_what_would_be_lost_is_refused(name):
         huggingface.attention_forward(torch.nn.Identity(), x, x, x, None, **{name: torch.ones(1)})
 
 
+def test_weights_on_cuda_are_refused():
+    with FakeTensorMode():
+        x = torch.empty(1, 4, 3, 8, device="cuda")
+    asked = {"is_causal": False, "output_attentions": True}
+    with pytest.raises(ValueError, match=r"^output_attentions: expected False on cuda:0"):
+        huggingface.attention_forward(torch.nn.Identity(), x, x, x, None, **asked)
+
+
 def test_continuous_batching_is_refused():
     with pytest.raises(ValueError, match="fastattn is not supported for continuous batching"):
         built().generate_batch(inputs=[[5, 6, 7], [8, 9]])
@@ -302,6 +315,18 @@ def test_a_batch_of_one_counts_for_all(queries, keys, masked):
 
     for got, want in zip(found(False), found(True), strict=True):
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("adapter", sorted(set(ADAPTERS.values())))
+def test_adapters_take_each_argument_by_name(adapter):
+    """One that is renamed by a new version of transformers would be lost among the others."""
+
+    def names(cls):
+        parameters = inspect.signature(cls.forward).parameters.values()
+        return {x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD}
+
+    for source, ours in importlib.import_module(adapter).REPLACEMENTS.items():
+        assert names(source) <= names(ours), source
 
 
 # Patch and unpatch.
@@ -350,6 +375,52 @@ def test_copies_stay_patched(build, through, calls):
     assert not calls
     model(**text("left"))
     assert calls
+
+
+def configs(model):
+    return [m.config for m in model.modules() if isinstance(getattr(m, "config", None), CONFIG)]
+
+
+@pytest.mark.parametrize("name", ["LLaMA (GQA)", "LLaVA", "BLOOM", "T5"])
+def test_models_of_the_same_config_keep_their_attention(name, calls):
+    first = FAMILIES[name].build()
+    config, inputs = first.config, FAMILIES[name].inputs("none")
+    want = first(**inputs)[0]
+    huggingface.patch(first)
+    second = type(first)._from_config(config, attn_implementation="eager").eval()
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second(**inputs)[0], want) and not calls
+    torch.testing.assert_close(first(**inputs)[0], want, atol=1e-4, rtol=1e-4)
+    assert calls and {x._attn_implementation for x in configs(first)} == {"fastattn"}
+
+
+@pytest.mark.parametrize("name", ["LLaMA (GQA)", "LLaVA"])
+def test_a_patched_model_has_one_config(name, tmp_path):
+    """Whoever changes it changes it for all parts, and it is what is saved."""
+    model = FAMILIES[name].build()
+    before, config = [id(x) for x in configs(model)], model.config
+    huggingface.patch(model)
+    after = [id(x) for x in configs(model)]
+    assert not set(before) & set(after)
+    assert len(set(zip(before, after, strict=True))) == len(set(before)) == len(set(after))
+    text_config = model.config.get_text_config()
+    assert any(x is text_config for x in configs(model))
+    assert model.config.to_dict() == config.to_dict()
+    model.resize_token_embeddings(VOCABULARY + 5)
+    huggingface.unpatch(model)
+    assert text_config.vocab_size == VOCABULARY + 5
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.get_input_embeddings().weight.equal(model.get_input_embeddings().weight)
+
+
+def test_a_wrapped_model_has_one_config():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["q_proj"], r=2)
+    model = peft.get_peft_model(causal_lm("Llama", **MODERN), lora)
+    huggingface.patch(model)
+    assert model.config is model.get_base_model().config is model.get_base_model().model.config
+    assert model.config._attn_implementation == "fastattn"
 
 
 def unknown():

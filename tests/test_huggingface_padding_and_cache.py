@@ -12,6 +12,7 @@ from family_cases import assert_as_eager, oracle_results, padding_mask, randomis
 from family_decoders import MODERN, causal_lm
 
 from fastattn.integrations import huggingface
+from fastattn.testing import randn
 
 
 def encoder(name="Bert", **config):
@@ -75,6 +76,21 @@ def test_a_compiled_encoder_keeps_its_padding():
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     got = compiled(**text("right")).last_hidden_state
     torch.testing.assert_close(got[mask], want[mask])
+
+
+def test_an_encoder_with_keys_before_its_own_keeps_its_padding():
+    """As in prefix tuning: the mask has those keys too."""
+    models = [huggingface.patch(encoder(), unpad=unpad)[0] for unpad in (True, False)]
+    mask = torch.cat((torch.ones(3, 4).long(), padding_mask("right")), 1)
+    outputs = []
+    for model in models:
+        prefix = transformers.DynamicCache(config=model.config)
+        for layer in range(2):
+            prefix.update(randn(3, 4, 4, 8, seed=layer), randn(3, 4, 4, 8, seed=9 + layer), layer)
+        inputs = text("none") | {"attention_mask": mask, "past_key_values": prefix}
+        outputs.append(model(**inputs).last_hidden_state)
+    assert torch.equal(*outputs)
+    assert not torch.equal(outputs[0], models[0](**text("right")).last_hidden_state)
 
 
 def test_unpadding_needs_attention():

@@ -152,6 +152,15 @@ def attention_column_sums(
     )
 
 
+def require_kernel(argument: str, query: Tensor) -> None:
+    """Refuses an argument that asks attention for its weights where no kernel makes them."""
+    if query.is_cuda:
+        raise ValueError(
+            f"{argument}: expected False on {query.device}, as attention_weights has no CUDA "
+            "kernel in this version, got True"
+        )
+
+
 def _column_sums(query: Tensor, key: Tensor, lse: Tensor, options: dict[str, Any]) -> Tensor:
     with torch.no_grad():
         sums: Tensor = checked(_ops.attention_column_sums, query, key, lse, **options)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastattn import functional
+from fastattn.functional.weights import require_kernel
 from fastattn.nn._nested import is_nested, longest, pack, rows
 
 __all__ = ["MultiheadAttention"]
@@ -110,7 +111,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 value that are one tensor are projected in one product.
             key_padding_mask: (N, S), or (S) without a batch. Boolean: True hides the key. Floating:
                 added to the scores.
-            need_weights: whether to return the weights as well.
+            need_weights: whether to return the weights as well. Not on CUDA in this version.
             attn_mask: (L, S) or (N \* num_heads, L, S). Boolean: True hides the key from the
                 query. Floating: added to the scores; differentiable, as a floating key_padding_mask
                 is.
@@ -127,9 +128,13 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         Raises:
             TypeError: for the type or dtype of an argument, ValueError for its shape or device; or
-                for a mask together with nested tensors. Both name the argument.
+                for a mask together with nested tensors, or need_weights on CUDA. Both name the
+                argument.
         """
-        if is_nested("query", query):
+        nested = is_nested("query", query)
+        if need_weights:
+            require_kernel("need_weights", query)
+        if nested:
             _require_no_mask(key_padding_mask=key_padding_mask, attn_mask=attn_mask)
             return self._forward_nested(
                 query, key, value, need_weights, average_attn_weights, is_causal

@@ -1,4 +1,4 @@
-"""Hugging Face transformers (>= 5) on fastattn: attention by name, and what a model adds to it."""
+"""Hugging Face transformers (>= 5.23) on fastattn: attention by name, and what stands around it."""
 
 from fastattn.integrations.huggingface.attention import attention_forward
 from fastattn.integrations.huggingface.cache import GrowingLayer, growing_cache

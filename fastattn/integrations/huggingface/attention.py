@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.utils.output_capturing import _active_collector
 
 from fastattn.functional import attention, attention_varlen, attention_weights
+from fastattn.functional.weights import require_kernel
 
 __all__ = ["attend", "attention_forward"]
 
@@ -56,7 +57,8 @@ def attention_forward(
         sliding_window: what the mask was made with; read where packed rows have no mask.
         cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k: the bounds of the sequences that
             are packed in a batch of 1. Beside a mask, both count.
-        output_attentions: return the weights too. So does an active collector of transformers.
+        output_attentions: return the weights too. So does an active collector of transformers. Not
+            on CUDA in this version.
 
     Returns:
         (batch, queries, heads, value_head_dim); and None or the weights, (batch, heads, queries,
@@ -64,7 +66,8 @@ def attention_forward(
 
     Raises:
         TypeError, ValueError: as attention does; ValueError also for a choice of keys that is not
-            in the mask (the ``indices`` of sparse attention, a paged cache), which would be lost.
+            in the mask (the ``indices`` of sparse attention, a paged cache), which would be lost,
+            and for output_attentions on CUDA.
 
     Source: https://huggingface.co/docs/transformers/attention_interface
     """
@@ -115,6 +118,7 @@ def attend(
         out = attention(query, key, value, **options)
         assert isinstance(out, Tensor)
         return out.transpose(1, 2), None
+    require_kernel("output_attentions", query)
     out, lse = attention(query, key, value, return_lse=True, **options)
     for name in ("sink", "dropout_p"):  # the first is in the lse, and weights are before the second
         options.pop(name, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -57,6 +58,10 @@ def patch(
 
     A module is replaced by a change of its class, to one that is derived from it and holds what it
     holds, so that parameters, hooks, wrappers such as PEFT's and isinstance go on as before.
+
+    With attention, the model gets a copy of its config, which all of its parts share: the
+    implementation is set there, and other models that are made from the config that it had neither
+    get it nor take it away. Later changes belong in ``model.config``.
 
     Args:
         model: a model of transformers, or a module that holds some.
@@ -129,6 +134,8 @@ def patch(
 def unpatch(model: _Model) -> _Model:
     """The inverse of :func:`patch`, in place: every class and implementation as patch found them.
 
+    ``model.config`` stays the copy that patch made, with what was changed in it since.
+
     Raises:
         ValueError: for a model that was not patched.
     """
@@ -146,6 +153,8 @@ def unpatch(model: _Model) -> _Model:
 def _use_interface(model: nn.Module, record: _Before) -> list[Conversion]:
     """Sets the implementation in every config; the entries of the layers that will read it."""
     register()
+    if not record.implementations:
+        _own_configs(model)
     configs: dict[str, Any] = {
         path: module.config
         for path, module in model.named_modules()
@@ -162,6 +171,16 @@ def _use_interface(model: nn.Module, record: _Before) -> list[Conversion]:
             paths.setdefault(own_class(module), []).append(path)
     target = f'attention implementation "{NAME}"'
     return [Conversion(tuple(p), class_name(cls), target, None) for cls, p in paths.items()]
+
+
+def _own_configs(model: nn.Module) -> None:
+    """Copies of all configs that the model holds. transformers' models keep the object that they
+    are made from, and set their implementation in it."""
+    copies: dict[int, Any] = {}  # so that what was one object is one object again
+    for module in model.modules():
+        for name, held in vars(module).items():
+            if isinstance(held, PreTrainedConfig):
+                vars(module)[name] = copy.deepcopy(held, copies)
 
 
 def _uncovered_attention(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

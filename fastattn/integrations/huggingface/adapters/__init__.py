@@ -4,6 +4,9 @@ A module has REPLACEMENTS, from the class of transformers to ours, which is deri
 what it holds, and differs in ``forward`` alone.
 """
 
+import transformers
+from packaging.version import Version
+
 _FAMILIES = (
     "blip",
     "bloom",
@@ -11,11 +14,12 @@ _FAMILIES = (
     "deberta_v2",
     "falcon",
     "gpt_neo",
-    "gptj",
     "mpnet",
     "sam",
     "swinv2",
     "wavlm",
+    # From 5.24 on, GPT-J's attention goes through the interface.
+    *(["gptj"] if Version(transformers.__version__).release < (5, 24) else []),
 )
 
 # From the module of transformers that has the attention to ours. Neither is imported before a model

@@ -45,7 +45,7 @@ class FusedBlipAttention(modeling_blip.BlipAttention):
 class FusedBlipTextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
     """Attention of a text to itself, or with encoder_hidden_states to an image or a question.
 
-    Without a mask every key is seen.
+    Without a mask every key is seen. cache is past_key_values, from transformers 5.24 on.
     """
 
     def forward(
@@ -55,9 +55,11 @@ class FusedBlipTextSelfAttention(modeling_blip_text.BlipTextSelfAttention):
         encoder_hidden_states: Tensor | None = None,
         encoder_attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        key, value = self._keys_and_values(hidden_states, encoder_hidden_states, past_key_values)
+        held = past_key_values if cache is None else cache
+        key, value = self._keys_and_values(hidden_states, encoder_hidden_states, held)
         out, weights = attention_forward(
             self,
             self._heads(self.query(hidden_states)),

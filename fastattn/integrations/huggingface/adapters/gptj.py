@@ -1,4 +1,4 @@
-"""GPT-J: rotary embedding of the first columns of a head, in interleaved pairs."""
+"""GPT-J before transformers 5.24: rotary embedding of the first columns of a head, in pairs."""
 
 from __future__ import annotations
 

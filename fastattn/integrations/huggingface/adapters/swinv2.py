@@ -9,6 +9,7 @@ from torch.nn.functional import normalize
 from transformers.models.swinv2 import modeling_swinv2
 
 from fastattn.functional import attention, attention_weights
+from fastattn.functional.weights import require_kernel
 
 __all__ = ["REPLACEMENTS"]
 
@@ -44,6 +45,8 @@ class FusedSwinv2SelfAttention(modeling_swinv2.Swinv2SelfAttention):
         if attention_mask is not None:
             bias = bias + 2 * attention_mask.unsqueeze(1)
 
+        if output_attentions:
+            require_kernel("output_attentions", query)
         out, lse = attention(
             query,
             key,

@@ -15,6 +15,9 @@ from fastattn.integrations.huggingface.registration import NAME
 
 __all__ = ["rule"]
 
+# What has rows of its own; cache is past_key_values, from transformers 5.24 on.
+_OTHERS = ("encoder_hidden_states", "past_key_values", "cache")
+
 
 class _Encoder(Fused):
     """An encoder whose layers see packed sequences, without the padding between them.
@@ -30,7 +33,7 @@ class _Encoder(Fused):
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *more: Any, **named: Any
     ) -> Any:
         whole = super().forward
-        others = [*more, named.get("encoder_hidden_states"), named.get("past_key_values")]
+        others = [*more, *(named.get(name) for name in _OTHERS)]
         if (
             attention_mask is None
             or any(x is not None for x in others)

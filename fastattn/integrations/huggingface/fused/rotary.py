@@ -83,22 +83,30 @@ class _Attention(Fused):
         forward = source.forward
         rotation = _rotation(sys.modules[source.__module__])
         assert isinstance(forward, types.FunctionType) and callable(rotation)
-        replaced = types.FunctionType(
-            forward.__code__,
-            forward.__globals__ | {_FUNCTION: rotation},
-            forward.__name__,
-            forward.__defaults__,
-            forward.__closure__,
-        )
-        replaced.__kwdefaults__ = forward.__kwdefaults__
-        return {"forward": replaced}
+        return {"forward": _calling(forward, rotation)}
+
+
+def _calling(function: types.FunctionType, rotation: _Rotation) -> types.FunctionType:
+    """function with rotation under the name that it calls, or that what it decorates does."""
+    names, cells = function.__globals__, function.__closure__ or ()
+    decorated = getattr(function, "__wrapped__", None)
+    if decorated is None:
+        names = names | {_FUNCTION: rotation}
+    else:
+        inner = _calling(decorated, rotation)
+        cells = tuple(types.CellType(inner) if x.cell_contents is decorated else x for x in cells)
+    replaced = types.FunctionType(
+        function.__code__, names, function.__name__, function.__defaults__, cells
+    )
+    replaced.__kwdefaults__ = function.__kwdefaults__
+    return replaced
 
 
 def rule(module: nn.Module) -> type[nn.Module] | str | None:
     cls = own_class(module)
     if not cls.__module__.startswith("transformers.models.") or "Attention" not in cls.__name__:
         return None
-    forward = cls.forward
+    forward = inspect.unwrap(cls.forward)
     if not isinstance(forward, types.FunctionType) or _FUNCTION not in forward.__code__.co_names:
         return None
     rotation = _rotation(sys.modules[cls.__module__])
