@@ -40,6 +40,15 @@ Dimension batch0_of(const AttentionParams& p, const IndexArray& cu_seqlens, int6
 
 }  // namespace
 
+const char* sm90_build_obstacle(const DeviceLimits& limits) {
+  if (limits.arch != 90) return "the GPU is not of compute capability 9.0";
+#ifndef FASTATTN_WITH_SM90
+  return "this build has no 90a in FASTATTN_CUDA_ARCHS";
+#else
+  return nullptr;
+#endif
+}
+
 bool takes_queries(const AttentionParams& p, const ConstTensor& tensor, int64_t columns) {
   return query_layout(p, tensor, columns).is_chunked &&
          !is_expanded(tensor, {p.batch0, p.batch1, p.heads_q, max_of(p.seqlen_q, p.total_q)});

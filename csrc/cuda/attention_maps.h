@@ -1,17 +1,14 @@
 // What TMA is told of the tensors of attention.
 #pragma once
 
+#include "device.cuh"
 #include "layouts.h"
 #include "tensor_map.h"
 
 namespace fastattn::cuda {
 
-// Whether this build has the kernels that read through these maps.
-#ifdef FASTATTN_WITH_SM90
-constexpr bool kHasSm90Kernels = true;
-#else
-constexpr bool kHasSm90Kernels = false;
-#endif
+// Why no kernel that reads through these maps can run, or nullptr where they can.
+const char* sm90_build_obstacle(const DeviceLimits& limits);
 
 // Whether TMA can read a tensor shaped like the queries, or like the keys: rows begin at multiples
 // of 16 bytes, and it does not repeat in memory.

@@ -50,8 +50,7 @@ cudaError_t launch(const ForwardParamsSm90& params, int most_blocks, cudaStream_
 }  // namespace
 
 const char* sm90_obstacle(const AttentionParams& p, const DeviceLimits& limits) {
-  if (limits.arch != 90) return "the GPU is not of compute capability 9.0";
-  if (!kHasSm90Kernels) return "this build has no 90a in FASTATTN_CUDA_ARCHS";
+  if (const char* obstacle = sm90_build_obstacle(limits)) return obstacle;
   if (p.dtype == DType::kFloat32) return "float32";
   if (p.batch_invariant) return "batch_invariant: one schedule for every call";
   if (is_int8(p.cache)) return "an int8 cache";
