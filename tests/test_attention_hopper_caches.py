@@ -2,6 +2,7 @@
 queries over many keys."""
 
 import math
+import random
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ def in_pages(x, lengths, page_size, poison=math.nan):
     poison in all other rows. Where a sequence has none, the table leads nowhere."""
     batch, heads, capacity, dim = x.shape
     count = -(-capacity // page_size)
-    order = torch.randperm(batch * count + 2, generator=torch.Generator().manual_seed(3))
+    order = list(range(batch * count + 2))
+    random.Random(3).shuffle(order)
     pool = x.new_full((len(order), heads, page_size, dim), poison)
     table = torch.full((batch, count), NOWHERE, dtype=torch.int32)
     for b, length in enumerate(lengths):
@@ -265,17 +267,19 @@ def cache_of(page_size, dtype=BF16):
 
 OTHERS = {
     "no multiple of 8": ({"page_size": 12}, {}, "tile"),
-    "padding on the left": ({"page_size": 16}, {"key_starts": torch.tensor([3])}, "tile"),
+    "padding on the left": ({"page_size": 16}, {"key_starts": [3]}, "tile"),
     "float32": ({"page_size": 16, "dtype": torch.float32}, {}, "tile"),
-    "few queries": ({"page_size": 16}, {"queries": 4}, "decode"),
+    "few queries": ({"page_size": 16, "queries": 4}, {}, "decode"),
 }
 
 
 @pytest.mark.parametrize("why", OTHERS)
 def test_explain_says_what_keeps_a_cache_on_other_kernels(why):
     shape, options, schedule = OTHERS[why]
-    cache, table = cache_of(**shape)
-    query = torch.zeros(1, 8, options.pop("queries", 40), 64, dtype=cache.dtype)
+    queries = shape.get("queries", 40)
+    cache, table = cache_of(shape["page_size"], shape.get("dtype", BF16))
+    options = {name: torch.tensor(x) for name, x in options.items()}
+    query = torch.zeros(1, 8, queries, 64, dtype=cache.dtype)
     options = options | {"k_cache": cache, "v_cache": cache, "block_table": table}
     about = fastattn.explain(query, **options, cache_lengths=80)
     assert f"/sm80/{schedule}" in about.kernel and why in about.rejected["sm90"], about
