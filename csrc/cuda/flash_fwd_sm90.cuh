@@ -199,14 +199,13 @@ class ForwardConsumer {
     return plan.tile.first + 64 * group() < plan.seq.len_q * plan.tile.pack;
   }
 
-  // Its part in `count` tiles of keys that it does not need: what others wait for.
+  // Its part in `count` tiles of keys that it does not need: what others wait for. The turn says
+  // that those before, who have rows, have used up what was in these buffers before.
   FA_DEVICE void pass_over(int count) {
     for (; count > 0; --count) {
-      shared.key_ring.wait_full(used);
       wait_for_turn();
       give_turn();
       shared.key_ring.release(used);
-      shared.value_ring.wait_full(used);
       shared.value_ring.release(used++);
     }
   }
