@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastattn import _C
 from fastattn._ops import attention as _ops
+from fastattn._ops import kv_cache as _cache_ops
 from fastattn._version import __version__
 from fastattn.functional import _arguments
-from fastattn.functional.attention import attention
+from fastattn.functional.attention import attention, attention_varlen
+from fastattn.functional.kv_cache import attention_with_cache
 
 __all__ = ["Explanation", "Info", "explain", "info"]
 
@@ -74,10 +76,13 @@ class Explanation:
     kernel: str
     reasons: tuple[str, ...]
     rejected: Mapping[str, str]
+    backward: Explanation | None = None  # of the gradients, where there are to be some
 
     def __str__(self) -> str:
         lines = [self.kernel, *(f"  {reason}" for reason in self.reasons)]
         lines += [f"not {name}: {why}" for name, why in self.rejected.items()]
+        if self.backward is not None:
+            lines += ["backward:", *(f"  {line}" for line in str(self.backward).splitlines())]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -117,22 +122,33 @@ def _cuda() -> str:
 _NO_CUDA = "not built (FASTATTN_CUDA=1 at build time, with nvcc, builds it)"
 
 
-def explain(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Explanation:
+def explain(
+    query: Tensor, key: Tensor | None = None, value: Tensor | None = None, **options: Any
+) -> Explanation:
     """Which kernel ``attention`` runs for these arguments, and why each other one does not.
 
-    Takes what :func:`fastattn.functional.attention` takes, raises what it raises, and computes
-    nothing.
+    Takes what :func:`fastattn.functional.attention` takes; with ``cu_seqlens_q`` what
+    ``attention_varlen`` takes; with ``k_cache`` and ``v_cache``, by name, what
+    ``attention_with_cache`` takes. Raises what these raise, and computes and writes nothing. Where
+    a tensor requires grad, ``backward`` tells the same of the gradients; that of the result is
+    taken to lie in memory as the result does.
 
     >>> import fastattn
     >>> q = torch.randn(1, 2, 64, 64)
     >>> print(fastattn.explain(q.double(), q.double(), q.double()).kernel)
     cpu/scalar/tile
     """
+    packed: Any = attention_varlen if "cu_seqlens_q" in options else attention
+    function = attention_with_cache if "k_cache" in options else packed
     devices = [query.device] if query.is_cuda else []
     with torch.random.fork_rng(devices), _Recorder() as recorder:  # type: ignore[no-untyped-call]
-        attention(query, key, value, **options)
+        function(query, key=key, value=value, **options)
     on_cuda = query.is_cuda or _C.active_cpu_level() in _C.emulated_levels
     explanation = (_on_cuda if on_cuda else _on_cpu)(query, recorder, options)
+    if recorder.differentiated is not None:
+        assert key is not None and value is not None
+        needs = query.requires_grad, key.requires_grad or value.requires_grad
+        explanation = replace(explanation, backward=_backward(explanation, recorder, needs))
     if recorder.dtype != query.dtype:
         cast = f"autocast: {query.dtype} inputs are cast to {recorder.dtype}"
         explanation = replace(explanation, reasons=(*explanation.reasons, cast))
@@ -172,7 +188,7 @@ def _on_cuda(query: Tensor, recorder: _Recorder, options: Mapping[str, Any]) -> 
         level, why = _level_in_use()
         reasons, rejected = [f"level {level}: {why}"], {"cpu": "emulated"}
     if recorder.arch == "sm90":
-        rejected["sm80"] = "the GPU has instructions that the kernel of sm90 is written for"
+        rejected["sm80"] = _ON_SM90
     elif recorder.arch:
         rejected["sm90"] = recorder.why_not_sm90
     _add_schedules(schedule, _CUDA_SCHEDULES, options, reasons, rejected)
@@ -184,6 +200,35 @@ def _on_cuda(query: Tensor, recorder: _Recorder, options: Mapping[str, Any]) -> 
     kernel = "no kernel" if schedule == "none" else f"{backend}/{recorder.arch}/{schedule}"
     return Explanation(kernel, tuple(reasons), rejected)
 
+
+def _backward(
+    forward: Explanation, recorder: _Recorder, needs: tuple[bool, bool]
+) -> Explanation | None:
+    """``needs``: the gradient of query, those of key and value."""
+    assert recorder.differentiated is not None
+    tensors, options = recorder.differentiated
+    said = _ops.attention_backward_schedule(*tensors, *needs, **options).split("\n")
+    schedule = said[0]
+    if schedule == "none":
+        return Explanation("no kernel", ("a dimension is 0, so the gradients are 0",), {})
+    backend, arch, _ = forward.kernel.split("/")
+    rejected = {}
+    if len(said) > 1:
+        _, arch, why_not_sm90, why_not_fused = said
+        rejected["sm80" if arch == "sm90" else "sm90"] = why_not_sm90 or _ON_SM90
+        rejected |= {"fused": why_not_fused} if why_not_fused else {"in order": _NOT_IN_ORDER}
+    reasons = [f"schedule {schedule}: {_BACKWARD[schedule]}"]
+    if len(said) > 1 and options["bias"] is not None:
+        reasons.append("the gradient of bias, if asked for: a kernel of sm80 of its own")
+    return Explanation(f"{backend}/{arch}/{schedule}", tuple(reasons), rejected)
+
+
+_ON_SM90 = "the GPU has instructions that the kernel of sm90 is written for"
+_BACKWARD = {
+    "fused": "one kernel for all gradients adds those of query up by atomics, in no fixed order",
+    "in order": "each gradient is added up in one order: equal calls give equal bits",
+}
+_NOT_IN_ORDER = "it computes the scores twice; deterministic=True asks for it"
 
 # Each schedule: when it runs, and why each other one does not.
 _Schedules = Mapping[str, tuple[str, Mapping[str, str]]]
@@ -248,11 +293,16 @@ _CUDA_SCHEDULES: _Schedules = {
 }
 
 
+_CACHE_SCHEDULE = _cache_ops.attention_with_cache_schedule
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Asks for the schedule of the attention that is called, in place of computing it."""
 
     schedule: str
     dtype: torch.dtype
+    # Of a call with gradients: query, key and value, and the options.
+    differentiated: tuple[Sequence[Tensor], dict[str, Any]] | None = None
     # Of a CUDA kernel: what it is written for, why it is none of sm_90, its tiles.
     arch = why_not_sm90 = tiles = ""
 
@@ -268,11 +318,20 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return _ops.attention_forward_fake(*args, **kwargs)[0]
         if func is _ops.attention_forward:
             self._record(args, kwargs)
+            options = _ops.named_options(args[3:], kwargs)
+            if options["for_backward"]:
+                self.differentiated = args[:3], options
             return _ops.attention_forward_fake(*args, **kwargs)
+        if func is _cache_ops.attention_with_cache:
+            self._record((*args[:3], None, None, *args[3:]), kwargs, _CACHE_SCHEDULE)
+            return _cache_ops.attention_with_cache_fake(*args, **kwargs)
+        if func is _cache_ops.attention_with_cache_:
+            self._record(args, kwargs, _CACHE_SCHEDULE)
+            return _cache_ops.attention_with_cache_writing_fake(*args, **kwargs)
         return func(*args, **kwargs)
 
-    def _record(self, args: Any, kwargs: Any) -> None:
-        self.schedule, *more = _ops.attention_schedule(*args, **kwargs).split("\n")
+    def _record(self, args: Any, kwargs: Any, schedule: Any = _ops.attention_schedule) -> None:
+        self.schedule, *more = schedule(*args, **kwargs).split("\n")
         if more:
             self.arch, self.why_not_sm90, self.tiles = more
         self.dtype = args[0].dtype

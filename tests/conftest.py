@@ -42,8 +42,10 @@ def _why_not(item, level):
         return "what is tested has no kernels of its own"
     if level != "sm90":
         return None
-    if name.startswith("test_attention_with_cache"):
-        return "caches have kernels of sm80 alone, but for what test_attention_hopper.py tries"
+    if name == "test_attention_with_cache.py" and not item.name.startswith(
+        "test_any_split_through"
+    ):
+        return "all else of caches is tried at sm80, or in test_attention_hopper_caches.py"
     if not KERNEL_FIXTURES & {*item.fixturenames}:
         return "no kernel is tried"
     dtype = item.callspec.params.get("dtype") if hasattr(item, "callspec") else None
@@ -75,6 +77,19 @@ def cuda():
     level = cuda_level()
     if level is None:
         pytest.skip("no GPU, nor an emulated one")
+    with running_on(level):
+        yield level
+
+
+@pytest.fixture
+def hopper():
+    """The level whose GPU has compute capability 9.0, in use."""
+    level = cuda_level()
+    is_hopper = level == "sm90"
+    if level == "cuda":
+        is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    if not is_hopper:
+        pytest.skip("neither a GPU of compute capability 9.0 nor an emulated one")
     with running_on(level):
         yield level
 

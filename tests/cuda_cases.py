@@ -1,5 +1,7 @@
 """What tests of functions on CUDA share."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -16,6 +18,18 @@ def orders_of_threads(level):
         if level in _C.emulated_levels:
             _C.set_emulator_seed(seed)
         yield
+
+
+@contextmanager
+def hidden_from_host():
+    """As on a GPU, the host reads no tensor, and refuses nothing that they hold."""
+    if _C.emulated_levels:
+        _C.hide_from_host(True)
+    try:
+        yield
+    finally:
+        if _C.emulated_levels:
+            _C.hide_from_host(False)
 
 
 def captured(step):

@@ -13,30 +13,13 @@ from attention_options import with_features
 import fastattn
 import fastattn.functional as fa
 from fastattn import reference
-from fastattn.support import cuda_level
-from fastattn.testing import (
-    attention_inputs,
-    check_attention,
-    randn,
-    restride,
-    running_on,
-)
+from fastattn.testing import attention_inputs, check_attention, randn, restride
 
 BF16, F16 = torch.bfloat16, torch.float16
 DTYPES = (BF16, F16)
 POISONS = (math.nan, math.inf)
 
-
-@pytest.fixture(autouse=True)
-def hopper():
-    level = cuda_level()
-    is_hopper = level == "sm90"
-    if level == "cuda":
-        is_hopper = torch.cuda.get_device_capability() == (9, 0)
-    if not is_hopper:
-        pytest.skip("neither a GPU of compute capability 9.0 nor an emulated one")
-    with running_on(level):
-        yield
+pytestmark = pytest.mark.usefixtures("hopper")
 
 
 def explained(inputs, options):
@@ -98,15 +81,15 @@ def test_blocks_take_tile_after_tile_some_of_them_empty(head_dim):
 @pytest.mark.parametrize("head_dim, keys", [(64, 1000), (128, 1100), (256, 600)])
 def test_keys_are_cut_into_parts(head_dim, keys):
     """Of which some are empty, where a sequence or a window is short."""
-    inputs = inputs_of(batch=(2,), heads=1, queries=40, keys=keys, head_dim=head_dim)
+    inputs = inputs_of(batch=(2,), heads=1, queries=70, keys=keys, head_dim=head_dim)
     inputs["sink"] = randn(1, seed=5)
-    lengths = {"key_lengths": torch.tensor([keys, 70]), "query_lengths": torch.tensor([33, 40])}
+    lengths = {"key_lengths": torch.tensor([keys, 70]), "query_lengths": torch.tensor([33, 70])}
     for options in ({}, {"causal": True, "window": (100, 0)}, lengths, {"softcap": 3.0}):
         assert explained(inputs, options).kernel.endswith("split tile")
         check(inputs, **options)
 
 
-GROUPS = [(64, 2), (64, 3), (64, 4), (64, 8), (128, 2), (128, 3), (128, 4), (192, 8)]
+GROUPS = [(64, 2), (64, 3), (64, 4), (64, 8), (128, 2), (128, 3), (128, 4), (128, 5), (192, 8)]
 
 
 @pytest.mark.parametrize("head_dim, group", GROUPS)
@@ -115,7 +98,8 @@ def test_heads_of_a_group_share_a_tile(head_dim, group):
     inputs = inputs_of(batch=(2,), **shape) | {"sink": randn(group, seed=5)}
     lengths = {"query_lengths": torch.tensor([20, 37]), "key_lengths": torch.tensor([130, 45])}
     for options in ({"causal": True}, lengths | {"window": (9, 3)}):
-        pack = 1 if (head_dim, group) == (128, 3) else group  # 128 rows are no multiple of 3
+        # 128 rows are no multiple of 5, nor of 3, but the rows of 3 heads are a tile's alone.
+        pack = 1 if group == 5 else group
         assert f"heads in a tile: {pack}," in explained(inputs, options).reasons[-1]
         check(inputs, **options)
 
@@ -193,6 +177,37 @@ def test_explain_says_what_else_runs_on_other_kernels(why):
     assert "/sm90/" not in about.kernel and about.rejected["sm90"].startswith(why)
 
 
+# What keeps the gradients from the kernel of Hopper.
+OTHER_BACKWARDS = {
+    "float32": ({"dtype": torch.float32}, {}),
+    "deterministic": ({}, {"deterministic": True}),
+    "batch_invariant": ({}, {"batch_invariant": True}),
+    "scores with a bias": ({}, {"softcap": 3.0}),
+    "a head_dim beyond": ({"head_dim": 256}, {}),
+    "no gradient of query": ({}, {}),
+}
+
+
+@pytest.mark.parametrize("why", OTHER_BACKWARDS)
+def test_explain_says_what_keeps_gradients_on_other_kernels(why):
+    shape, options = OTHER_BACKWARDS[why]
+    inputs = inputs_of(queries=100, **{"head_dim": 64} | shape)
+    for name, x in inputs.items():
+        x.requires_grad_(name != "query" or why != "no gradient of query")
+    about = fastattn.explain(**inputs, **options).backward
+    assert "/sm80/" in about.kernel and about.rejected["sm90"].startswith(why), about
+
+
+def test_explain_tells_of_gradients_that_are_asked_for():
+    inputs = inputs_of(queries=100, head_dim=64)
+    assert fastattn.explain(**inputs).backward is None
+    for x in inputs.values():
+        x.requires_grad_()
+    assert fastattn.explain(**inputs).backward.kernel.endswith("/sm90/fused")
+    with torch.no_grad():
+        assert fastattn.explain(**inputs).backward is None
+
+
 # ---- Packed sequences ---------------------------------------------------------------------------
 
 LENGTHS_Q, LENGTHS_K, UNUSED = (70, 1, 0, 200, 64), (130, 5, 90, 33, 0), 9
@@ -210,6 +225,11 @@ def packed_inputs(head_dim):
 
 
 def check_packed(inputs, bounds, **options):
+    named = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), bounds, strict=True))
+    leaves = {name: x.clone().requires_grad_() for name, x in inputs.items()}
+    about = explained(leaves, named | options)
+    if inputs["query"].shape[-1] <= 128:
+        assert about.backward.kernel.endswith("/sm90/fused"), about
     oracle = reference.attention_varlen
     check_attention(fa.attention_varlen, inputs, oracle=oracle, packed=bounds, **options)
 

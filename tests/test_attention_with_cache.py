@@ -10,12 +10,14 @@ from cache_cases import Caches, rope_tables
 from test_attention_ecosystem import Recorder
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import fastattn
 import fastattn.functional as fa
 from fastattn import reference
 from fastattn.testing import (
     DTYPES,
     assert_accurate,
     covering_sample,
+    default_dtype,
     one_thread,
     randn,
     restride,
@@ -28,10 +30,13 @@ TOTAL = 53
 class Whole:
     """Whole sequences of 3 requests, and attention over each of them at once."""
 
-    def __init__(self, dtype=torch.float32, *, head_dim=16, value_dim=12, layout="bhsd", **options):
-        self.dtype, self.layout, self.options = dtype, layout, options
+    def __init__(self, dtype=None, *, head_dim=16, value_dim=None, layout="bhsd", **options):
+        self.dtype, self.layout, self.options = dtype or default_dtype(), layout, options
+        # TMA brings rows of whole chunks alone.
+        self.for_tma = default_dtype() != torch.float32
+        value_dim = value_dim or (16 if self.for_tma else 12)
         shapes = ((3, 4, TOTAL, head_dim), (3, 2, TOTAL, head_dim), (3, 2, TOTAL, value_dim))
-        self.inputs = [randn(*s, seed=i + 1, dtype=dtype) for i, s in enumerate(shapes)]
+        self.inputs = [randn(*s, seed=i + 1, dtype=self.dtype) for i, s in enumerate(shapes)]
 
     def attend(self, dtype):
         """(out, lse) in dtype, by the reference."""
@@ -66,6 +71,7 @@ class Whole:
         shape = {"batch": 3, "kv_heads": 2, "capacity": capacity, "layout": self.layout}
         dims = {"head_dim": self.inputs[1].shape[-1], "value_dim": self.inputs[2].shape[-1]}
         more = {"page_size": page_size, "dtype": self.dtype, "quantized": quantized}
+        more["aligned"] = self.for_tma
         return Caches(storage, **shape, **dims, **more)
 
 
@@ -84,9 +90,10 @@ def steps_of(split):
         done = after
 
 
-def attend_in_steps(whole, caches, split, **options):
-    """(out, lse) of all rows, computed through the caches."""
-    query = whole.inputs[0]
+def attend_in_steps(whole, caches, split, kernels=None, **options):
+    """(out, lse) of all rows, computed through the caches; ``kernels`` receives the names of those
+    that ran."""
+    query, kernels = whole.inputs[0], set() if kernels is None else kernels
     out = query.new_full((*query.shape[:-1], whole.inputs[2].shape[-1]), math.nan)
     lse = torch.full(
         query.shape[:-1], math.nan, dtype=torch.promote_types(query.dtype, torch.float32)
@@ -95,16 +102,12 @@ def attend_in_steps(whole, caches, split, **options):
         new = torch.tensor([b - a for a, b in zip(first, last)])
         q, k, v = whole.rows(first, last)
         ragged = {} if (new == new[0]).all() else {"query_lengths": new}
-        part, part_lse = fa.attention_with_cache(
-            *(q, *caches.tensors()),
-            cache_lengths=torch.tensor(first, dtype=torch.int32),
-            key=k,
-            value=v,
-            return_lse=True,
-            **ragged,
-            **caches.options(),
-            **options,
-        )
+        k_cache, v_cache = caches.tensors()
+        arguments = {"query": q, "k_cache": k_cache, "v_cache": v_cache, "key": k, "value": v}
+        arguments |= {"cache_lengths": torch.tensor(first, dtype=torch.int32), **ragged}
+        arguments |= {**caches.options(), **options}
+        kernels.add(fastattn.explain(**arguments).kernel)
+        part, part_lse = fa.attention_with_cache(**arguments, return_lse=True)
         part = part.transpose(1, 2) if whole.layout == "bshd" else part
         for b, n in enumerate(new.tolist()):
             assert not part[b, :, n:].any() and (part_lse[b, :, n:] == -math.inf).all()
@@ -153,8 +156,10 @@ def test_any_split_of_a_sequence_gives_what_the_whole_gives(level, dtype, split,
 def test_any_split_through_pages_of_any_size(level, page_size, split, layout):
     given = here(OPTIONS["everything"])
     whole = Whole(layout=layout, **given)
-    caches = whole.caches("paged", page_size)
-    assert_whole(whole, attend_in_steps(whole, caches, split, **given))
+    caches, kernels = whole.caches("paged", page_size), set()
+    assert_whole(whole, attend_in_steps(whole, caches, split, kernels, **given))
+    has_boxes = level == "sm90" and page_size % 8 == 0 and split != "tokens"
+    assert any("/sm90/" in kernel for kernel in kernels) == has_boxes
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -164,8 +169,11 @@ def test_any_split_through_a_ring_past_its_window(level, dtype, split, left):
     options = {"window": (left, 0), "softcap": 4.0, "rope": rope_tables(TOTAL, 8)}
     whole = Whole(dtype, **options)
     longest = max(max(b - a for a, b in zip(*step)) for step in steps_of(split))
-    caches = whole.caches("ring", capacity=left + longest)
-    assert_whole(whole, attend_in_steps(whole, caches, split, **options))
+    rows = left + longest
+    rows += -rows % 8 if whole.for_tma else 0
+    caches, kernels = whole.caches("ring", capacity=rows), set()
+    assert_whole(whole, attend_in_steps(whole, caches, split, kernels, **options))
+    assert any("/sm90/" in kernel for kernel in kernels) == (level == "sm90" and split != "tokens")
 
 
 def int8_bounds(query, key, value, scale):

@@ -65,6 +65,26 @@ def test_nothing_to_do():
     assert _explain(0).kernel == "no kernel"
 
 
+def test_gradients_where_there_are_to_be_some(level):
+    query, key = torch.zeros(1, 2, 8, 16), torch.zeros(1, 2, 9, 16)
+    assert fastattn.explain(query, key, key).backward is None
+    about = fastattn.explain(query, key.requires_grad_(), key)
+    assert about.backward.kernel == f"cpu/{level}/in order"
+    assert "backward:\n  cpu" in str(about)
+
+
+def test_packed_sequences_and_caches(level):
+    query, cache = torch.zeros(5, 2, 16), torch.zeros(3, 2, 4, 16)
+    bounds = torch.tensor([0, 2, 5])
+    packed = fastattn.explain(query, query, query, cu_seqlens_q=bounds, cu_seqlens_k=bounds)
+    assert packed.kernel.startswith(f"cpu/{level}/")
+    pages = {"block_table": torch.tensor([[0, 2], [1, 2]]), "cache_lengths": torch.tensor([2, 8])}
+    caches = {"k_cache": cache, "v_cache": cache, **pages}
+    assert fastattn.explain(query, cu_seqlens_q=bounds, **caches).kernel == f"cpu/{level}/decode"
+    with pytest.raises(ValueError, match="block_table"):
+        fastattn.explain(query, cu_seqlens_q=bounds, **caches | {"block_table": bounds[None]})
+
+
 def test_wrong_arguments_raise_as_the_call_does():
     with pytest.raises(ValueError, match="softcap"):
         _explain(8, softcap=-1.0)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from attention_options import skip_on_gpu
 from cache_cases import Caches, rope_tables
+from cuda_cases import hidden_from_host
 from generation_cases import VOCAB, language_model, prompts
 from host_reads import no_host_reads
 from test_attention_bounds import fenced
@@ -31,14 +32,8 @@ def cuda():
     level = cuda_level()
     if level is None:
         pytest.skip("no GPU, nor an emulated one")
-    with running_on(level):
-        if _C.emulated_levels:
-            _C.hide_from_host(True)
-        try:
-            yield level
-        finally:
-            if _C.emulated_levels:
-                _C.hide_from_host(False)
+    with running_on(level), hidden_from_host():
+        yield level
 
 
 # What the host has not checked

@@ -166,4 +166,18 @@ std::string schedule_of([[maybe_unused]] const Backend& backend, const Attention
   return cpu::attention_schedule(params);
 }
 
+std::string schedule_of([[maybe_unused]] const Backend& backend,
+                        [[maybe_unused]] const AttentionGradParams& params,
+                        [[maybe_unused]] const Tensor& query) {
+#ifdef FASTATTN_WITH_CUDA
+  if (backend.cuda) {
+    const cuda::BackwardChoice choice = cuda::attention_backward_choice(params, place_of(query));
+    return std::string(choice.is_fused ? "fused" : "in order") + "\n" + choice.kernel + "\n" +
+           (choice.why_not_sm90 ? choice.why_not_sm90 : "") + "\n" +
+           (choice.why_not_fused ? choice.why_not_fused : "");
+  }
+#endif
+  return "in order";
+}
+
 }  // namespace fastattn::bind

@@ -61,6 +61,10 @@ void run_cache_write(const Backend& backend, const CacheWriteParams& params, con
 // The schedule of a call; on CUDA, in lines of their own, also the architecture that the kernel is
 // written for, why it is not that of sm_90, and its tiles.
 std::string schedule_of(const Backend& backend, const AttentionParams& params, const Tensor& query);
+// The same of a backward pass: "fused" or "in order", and on CUDA in the third line why it is not
+// fused.
+std::string schedule_of(const Backend& backend, const AttentionGradParams& params,
+                        const Tensor& query);
 
 // Uninitialised memory for the time of one op, on its device.
 class Scratch {

@@ -50,8 +50,7 @@ std::pair<Tensor, Tensor> CachedAttention::run() {
   CacheWriteParams write =
       write_params(storage_, tables_, new_rows(), tokens_, key_, value_, options_.bshd);
   if (tables_.present()) {
-    problem_.held.push_back(empty_contiguous(query_.sizes(), dtype_code(query_), query_));
-    const Tensor& rotated = problem_.held.back();
+    const Tensor& rotated = memory_for_rotated();
     if (problem_.backend.cuda) {  // on the way, by the launch that writes
       write.update.dtype = p_.dtype;
       write.heads_q = p_.heads_q;
@@ -64,6 +63,17 @@ std::pair<Tensor, Tensor> CachedAttention::run() {
   }
   if (key_ != nullptr || tables_.present()) run_cache_write(problem_.backend, write, query_);
   return run_attention(problem_, query_);
+}
+
+std::string CachedAttention::schedule() {
+  if (!problem_.has_scores()) return "none";
+  p_.query = problem_.view<ConstTensor>(tables_.present() ? memory_for_rotated() : query_);
+  return schedule_of(problem_.backend, p_, query_);
+}
+
+const Tensor& CachedAttention::memory_for_rotated() {
+  problem_.held.push_back(empty_contiguous(query_.sizes(), dtype_code(query_), query_));
+  return problem_.held.back();
 }
 
 void CachedAttention::set_shapes() {

@@ -17,6 +17,9 @@ class CachedAttention {
   // Writes the new rows and attends: (out, lse).
   std::pair<Tensor, Tensor> run();
 
+  // What schedule_of says of it, or "none".
+  std::string schedule();
+
  private:
   void set_shapes();
   void set_lengths(const Tensor& cache_lengths);
@@ -26,6 +29,7 @@ class CachedAttention {
   void check_pages() const;
   void place_queries();
   NewRows new_rows() const;
+  const Tensor& memory_for_rotated();
   void rotate_query(const Tensor& rotated);
 
   int64_t queries_of(int64_t b) const {

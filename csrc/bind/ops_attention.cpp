@@ -266,8 +266,8 @@ void attention_column_sums(Stack& stack) {
   stack.push(sums);
 }
 
-// attention_schedule(query, key, value, OPTIONS) -> the schedule that attention_forward takes (on
-// CUDA followed by ": " and its tiles), or "none".
+// attention_schedule(query, key, value, OPTIONS) -> what schedule_of says of attention_forward, or
+// "none".
 void attention_schedule(Stack& stack) {
   const auto query = stack.pop<Tensor>();
   const auto key = stack.pop<Tensor>();
@@ -276,6 +276,32 @@ void attention_schedule(Stack& stack) {
   const AttentionProblem problem = make_problem(backend_of(query), query, key, &value, options);
   stack.push(problem.has_scores() ? schedule_of(problem.backend, problem.params, query)
                                   : std::string("none"));
+}
+
+// attention_backward_schedule(query, key, value, need_dquery, need_dkey_dvalue, OPTIONS) -> what
+// schedule_of says of attention_backward where dout lies in memory as out does, or "none".
+void attention_backward_schedule(Stack& stack) {
+  const auto query = stack.pop<Tensor>();
+  const auto key = stack.pop<Tensor>();
+  const auto value = stack.pop<Tensor>();
+  const bool need_dquery = stack.pop<bool>();
+  const bool need_dkey_dvalue = stack.pop<bool>();
+  const AttentionOptions options = pop_options(stack);
+  AttentionProblem problem = make_problem(backend_of(query), query, key, &value, options);
+  if (!problem.has_scores()) return stack.push(std::string("none"));
+  const Tensor out = problem.empty_in_order_of(query, problem.params.head_dim_v);
+  problem.params.out = problem.view<MutableTensor>(out);
+  AttentionGradParams gradient{};
+  gradient.forward = problem.params;
+  gradient.dout = problem.view<ConstTensor>(out);
+  // Nothing is written to: it counts which ones there are.
+  if (need_dquery) gradient.dquery = writable(problem.view<ConstTensor>(query));
+  if (need_dkey_dvalue) {
+    gradient.dkey = writable(problem.view<ConstTensor>(key));
+    gradient.dvalue = writable(problem.view<ConstTensor>(value));
+  }
+  gradient.deterministic = options.deterministic;
+  stack.push(schedule_of(problem.backend, gradient, query));
 }
 
 #define FASTATTN_FORWARD_ARGUMENTS \
@@ -298,6 +324,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
   m.def("attention_column_sums(Tensor query, Tensor key, Tensor lse, " FASTATTN_ATTENTION_OPTIONS
         ") -> Tensor");
   m.def("attention_schedule" FASTATTN_FORWARD_ARGUMENTS " -> str");
+  m.def(
+      "attention_backward_schedule(Tensor query, Tensor key, Tensor value, bool need_dquery, "
+      "bool need_dkey_dvalue, " FASTATTN_ATTENTION_OPTIONS ") -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
@@ -307,6 +336,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("attention_weights", boxed<attention_weights>);
   m.impl("attention_column_sums", boxed<attention_column_sums>);
   m.impl("attention_schedule", boxed<attention_schedule>);
+  m.impl("attention_backward_schedule", boxed<attention_backward_schedule>);
 }
 
 #ifdef FASTATTN_ON_CUDA
@@ -315,6 +345,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("attention_plain", boxed<attention_plain>);
   m.impl("attention_backward", boxed<attention_backward>);
   m.impl("attention_schedule", boxed<attention_schedule>);
+  m.impl("attention_backward_schedule", boxed<attention_backward_schedule>);
 }
 #endif
 

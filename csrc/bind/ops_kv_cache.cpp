@@ -174,16 +174,23 @@ void kv_cache_update(Stack& stack) {
   run_cache_write(backend, write_params(storage, tables, rows, tokens, &key, &value, bshd), key);
 }
 
+enum class CacheCall { kReads, kWrites, kExplains };
+
 // attention_with_cache(query, k_cache, v_cache, cache_lengths, block_table, k_scale, v_scale,
 // key_starts, cos, sin, interleaved, ring, OPTIONS) -> (out, lse); attention_with_cache_ takes key
-// and value after v_cache, and writes them first.
-template <bool kWrites>
+// and value after v_cache, and writes them first; attention_with_cache_schedule takes them too, or
+// None, and gives what schedule_of says, or "none".
+template <CacheCall kCall>
 void attention_with_cache(Stack& stack) {
   const auto query = stack.pop<Tensor>();
   const auto k_cache = stack.pop<Tensor>();
   const auto v_cache = stack.pop<Tensor>();
   OptionalTensor key, value;
-  if constexpr (kWrites) key = stack.pop<Tensor>(), value = stack.pop<Tensor>();
+  if constexpr (kCall == CacheCall::kWrites) {
+    key = stack.pop<Tensor>(), value = stack.pop<Tensor>();
+  } else if constexpr (kCall == CacheCall::kExplains) {
+    key = stack.pop<OptionalTensor>(), value = stack.pop<OptionalTensor>();
+  }
   const auto cache_lengths = stack.pop<Tensor>();
   const auto block_table = stack.pop<OptionalTensor>();
   const auto k_scale = stack.pop<OptionalTensor>();
@@ -199,14 +206,18 @@ void attention_with_cache(Stack& stack) {
   const RotaryTables tables{cos, sin, interleaved};
   CachedAttention attention(query, cache, cache_lengths, key_starts, tables, options,
                             key ? &*key : nullptr, value ? &*value : nullptr);
-  const auto [out, lse] = attention.run();
-  stack.push(out);
-  stack.push(lse);
+  if constexpr (kCall == CacheCall::kExplains) {
+    stack.push(attention.schedule());
+  } else {
+    const auto [out, lse] = attention.run();
+    stack.push(out);
+    stack.push(lse);
+  }
 }
 
 #define FASTATTN_CACHE_OPTIONS                                                            \
   "Tensor? key_starts=None, Tensor? cos=None, Tensor? sin=None, bool interleaved=False, " \
-  "bool ring=False, " FASTATTN_ATTENTION_OPTIONS ") -> (Tensor out, Tensor lse)"
+  "bool ring=False, " FASTATTN_ATTENTION_OPTIONS ")"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
   m.def(
@@ -218,24 +229,30 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastattn, m) {
   m.def(
       "attention_with_cache(Tensor query, Tensor k_cache, Tensor v_cache, Tensor cache_lengths, "
       "Tensor? block_table=None, Tensor? k_scale=None, Tensor? "
-      "v_scale=None, " FASTATTN_CACHE_OPTIONS);
+      "v_scale=None, " FASTATTN_CACHE_OPTIONS " -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention_with_cache_schedule(Tensor query, Tensor k_cache, Tensor v_cache, Tensor? key, "
+      "Tensor? value, Tensor cache_lengths, Tensor? block_table=None, Tensor? k_scale=None, "
+      "Tensor? v_scale=None, " FASTATTN_CACHE_OPTIONS " -> str");
   m.def(
       "attention_with_cache_(Tensor query, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor key, "
       "Tensor value, Tensor cache_lengths, Tensor? block_table=None, Tensor(c!)? k_scale=None, "
-      "Tensor(d!)? v_scale=None, " FASTATTN_CACHE_OPTIONS);
+      "Tensor(d!)? v_scale=None, " FASTATTN_CACHE_OPTIONS " -> (Tensor out, Tensor lse)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CPU, m) {
   m.impl("kv_cache_update", boxed<kv_cache_update>);
-  m.impl("attention_with_cache", boxed<attention_with_cache<false>>);
-  m.impl("attention_with_cache_", boxed<attention_with_cache<true>>);
+  m.impl("attention_with_cache", boxed<attention_with_cache<CacheCall::kReads>>);
+  m.impl("attention_with_cache_", boxed<attention_with_cache<CacheCall::kWrites>>);
+  m.impl("attention_with_cache_schedule", boxed<attention_with_cache<CacheCall::kExplains>>);
 }
 
 #ifdef FASTATTN_ON_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastattn, CUDA, m) {
   m.impl("kv_cache_update", boxed<kv_cache_update>);
-  m.impl("attention_with_cache", boxed<attention_with_cache<false>>);
-  m.impl("attention_with_cache_", boxed<attention_with_cache<true>>);
+  m.impl("attention_with_cache", boxed<attention_with_cache<CacheCall::kReads>>);
+  m.impl("attention_with_cache_", boxed<attention_with_cache<CacheCall::kWrites>>);
+  m.impl("attention_with_cache_schedule", boxed<attention_with_cache<CacheCall::kExplains>>);
 }
 #endif
 

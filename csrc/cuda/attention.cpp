@@ -30,9 +30,6 @@ int64_t shared_rows(const AttentionParams& p) {
   return p.heads_q / p.heads_kv * p.seqlen_q;
 }
 
-// Of a decode step: more rows than this, and the tiles of the other kernel are full enough.
-constexpr int64_t kMostDecodeRows = 2 * kDecodeRows;
-
 int element_bytes(const AttentionParams& p) {
   return static_cast<int>(dtype_size(p.dtype));
 }
@@ -45,30 +42,41 @@ DecodeTile decode_tile_of(const AttentionParams& p) {
   return decode_tile(element_bytes(p), stored_bytes(p), head_dim_of(p));
 }
 
-Choice choose_decode(const AttentionParams& p, const DeviceLimits& limits) {
-  const int blocks =
-      decode_blocks(element_bytes(p), stored_bytes(p), head_dim_of(p), limits.shared_bytes);
-  const int splits = decode_splits({shared_rows(p), p.heads_kv, sequences_of(p), p.seqlen_k},
-                                   {limits.multiprocessors, blocks}, decode_tile_of(p));
-  return {Schedule::kDecode, static_cast<int>(p.heads_q / p.heads_kv), splits,
-          kDecodeRows,       decode_tile_of(p).round_keys(),           false};
+Choice choose_decode(const AttentionParams& p, const DeviceLimits& limits, bool takes_sm90) {
+  Choice choice = {};
+  choice.schedule = Schedule::kDecode;
+  choice.pack = static_cast<int>(p.heads_q / p.heads_kv);
+  choice.on_sm90 = decodes_on_sm90(shared_rows(p), takes_sm90);
+  int blocks = 1;  // on a multiprocessor
+  if (choice.on_sm90) {
+    choice.queries = sm90_tile(p).queries(), choice.keys = sm90_tile(p).keys;
+  } else {
+    choice.queries = kDecodeRows, choice.keys = decode_tile_of(p).round_keys();
+    blocks = decode_blocks(element_bytes(p), stored_bytes(p), head_dim_of(p), limits.shared_bytes);
+  }
+  const int64_t tiles = ceil_div(shared_rows(p), choice.queries) * p.heads_kv * sequences_of(p);
+  const int64_t rounds = max_of<int64_t>(ceil_div(p.seqlen_k, choice.keys), 1);
+  choice.splits = decode_splits({tiles, rounds}, {limits.multiprocessors, blocks});
+  return choice;
 }
 
 // Heads of a group that share a tile, which one of them would not fill.
 int pack_of(const AttentionParams& p, const Choice& choice) {
   if (p.seqlen_q >= choice.queries || shared_rows(p) > INT32_MAX) return 1;
   const int group = static_cast<int>(p.heads_q / p.heads_kv);
-  // TMA brings whole queries.
-  return choice.on_sm90 && choice.queries % group != 0 ? 1 : group;
+  // TMA brings whole queries, the last of which would reach into the next tile.
+  const bool fits = choice.queries % group == 0 || shared_rows(p) <= choice.queries;
+  return choice.on_sm90 && !fits ? 1 : group;
 }
 
 Choice choose(const AttentionParams& p, const DeviceLimits& limits) {
   const bool may_split = !p.batch_invariant && !p.for_backward;
-  if (may_split && p.dropout_p == 0 && shared_rows(p) <= kMostDecodeRows) {
-    return choose_decode(p, limits);
+  const bool takes_sm90 = sm90_obstacle(p, limits) == nullptr;
+  if (may_split && p.dropout_p == 0 && is_decode(shared_rows(p), takes_sm90)) {
+    return choose_decode(p, limits, takes_sm90);
   }
   Choice choice = {};
-  choice.on_sm90 = sm90_obstacle(p, limits) == nullptr;
+  choice.on_sm90 = takes_sm90;
   if (choice.on_sm90) {
     choice.queries = sm90_tile(p).queries(), choice.keys = sm90_tile(p).keys;
   } else {
@@ -187,16 +195,17 @@ ForwardChoice attention_choice(const AttentionParams& p, const Place& place) {
   device_limits(place.device, &limits);
   const Choice choice = choose(p, limits);
   const char* const schedules[] = {"tile", "split tile", "decode"};
-  const bool is_decode = choice.schedule == Schedule::kDecode;
+  const char* const obstacle = sm90_obstacle(p, limits);
   return {schedules[static_cast<int>(choice.schedule)],
           choice.queries,
           choice.keys,
           choice.pack,
           choice.splits,
           choice.on_sm90 ? "sm90" : "sm80",
-          choice.on_sm90 ? nullptr
-          : is_decode    ? "few queries: the decode kernel of sm80 is bound by memory there too"
-                         : sm90_obstacle(p, limits)};
+          choice.on_sm90        ? nullptr
+          : obstacle != nullptr ? obstacle
+                                : "few queries: the decode kernel of sm80 is bound by memory there "
+                                  "too"};
 }
 
 }  // namespace fastattn::cuda

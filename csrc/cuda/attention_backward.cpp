@@ -41,11 +41,16 @@ cudaError_t run_for(const AttentionParams& p, const Run& run) {
   }
 }
 
-// Whether the kernel of sm80 computes dK, dV and dQ. Its sums of dQ have no fixed order.
-bool is_fused(const AttentionGradParams& g, const DeviceLimits& limits) {
+// Why no kernel of sm80 computes dK, dV and dQ at once, or nullptr where one does. Its sums of dQ
+// have no fixed order.
+const char* fused_obstacle(const AttentionGradParams& g, const DeviceLimits& limits) {
   const AttentionParams& p = g.forward;
-  if (g.deterministic || p.batch_invariant) return false;
-  if (g.dquery.data == nullptr || g.dkey.data == nullptr) return false;
+  if (g.deterministic) return "deterministic: its sums of dQ have no fixed order";
+  if (p.batch_invariant) return "batch_invariant: its sums of dQ have no fixed order";
+  if (g.dquery.data == nullptr || g.dkey.data == nullptr) {
+    return "no gradient of query, or none of key and value: it computes all three";
+  }
+  if (p.dtype == DType::kFloat32) return "float32";
   bool fits = false;
   run_for(p, [&]<typename T, int kHeadDim>() {
     if constexpr (sizeof(T) == 2) {
@@ -54,7 +59,7 @@ bool is_fused(const AttentionGradParams& g, const DeviceLimits& limits) {
     }
     return cudaSuccess;
   });
-  return fits;
+  return fits ? nullptr : "its tiles do not fit the shared memory of the GPU";
 }
 
 int64_t sums_of_dquery(const AttentionParams& p) {
@@ -69,8 +74,8 @@ enum class Way {
 };
 
 Way way_of(const AttentionGradParams& g, const DeviceLimits& limits) {
-  if (takes_backward_sm90(g, limits)) return Way::kSm90;
-  return is_fused(g, limits) ? Way::kFused : Way::kInOrder;
+  if (backward_sm90_obstacle(g, limits) == nullptr) return Way::kSm90;
+  return fused_obstacle(g, limits) == nullptr ? Way::kFused : Way::kInOrder;
 }
 
 BackwardParams backward_params(const AttentionGradParams& g, Way way, void* workspace) {
@@ -182,6 +187,15 @@ Status attention_backward(const AttentionGradParams& g, void* workspace, const P
   const Way way = way_of(g, limits);
   const BackwardParams params = backward_params(g, way, workspace);
   return status_of(run_backward(params, way, static_cast<cudaStream_t>(place.stream)));
+}
+
+BackwardChoice attention_backward_choice(const AttentionGradParams& g, const Place& place) {
+  DeviceLimits limits = {};
+  device_limits(place.device, &limits);
+  const Way way = way_of(g, limits);
+  return {way != Way::kInOrder, way == Way::kSm90 ? "sm90" : "sm80",
+          backward_sm90_obstacle(g, limits),
+          way == Way::kInOrder ? fused_obstacle(g, limits) : nullptr};
 }
 
 }  // namespace fastattn::cuda

@@ -17,8 +17,9 @@ struct BackwardParamsSm90 {
   TensorMap query_map, dout_map, key_map, value_map;
 };
 
-// Whether the kernel for dK, dV and dQ takes a problem. Its sums of dQ have no fixed order.
-bool takes_backward_sm90(const AttentionGradParams& gradient, const DeviceLimits& limits);
+// Why the kernel for dK, dV and dQ does not take a problem, or nullptr where it does. Its sums of
+// dQ have no fixed order.
+const char* backward_sm90_obstacle(const AttentionGradParams& gradient, const DeviceLimits& limits);
 
 // dK, dV and, into zeroed dquery_sums, dQ; `params` without `tiles`.
 cudaError_t run_flash_bwd_sm90(BackwardParams params, cudaStream_t stream);

@@ -22,7 +22,8 @@ struct KeyCursor {
         seen(columns_of({s.first_seen, s.len_k}, first_tile, INT32_MAX)),
         page(0),
         row(s.first_k + first_tile + nth) {
-    const auto most = static_cast<uint32_t>(rows_of_entry()), kept = static_cast<uint32_t>(row);
+    const auto most = static_cast<uint32_t>(rows_of_entry(cache)),
+               kept = static_cast<uint32_t>(row);
     if (most > 0) {
       page = static_cast<int>(kept / most);
       row = kept % most;
@@ -35,7 +36,7 @@ struct KeyCursor {
   FA_DEVICE void advance(int keys) {
     key += keys;
     row += keys;
-    const int64_t most = rows_of_entry();
+    const int64_t most = rows_of_entry(cache);
     if (most > 0) {
       for (; row >= most; row -= most) ++page;
     }
@@ -51,11 +52,6 @@ struct KeyCursor {
  private:
   FA_DEVICE bool is_seen() const {
     return seen.first <= key && key < seen.last;
-  }
-
-  // Of a page or of a ring; 0: rows follow one another to the end.
-  FA_DEVICE int64_t rows_of_entry() const {
-    return max_of(cache.page_rows, cache.ring_rows);
   }
 
   FA_DEVICE void find_entry() {

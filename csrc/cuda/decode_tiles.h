@@ -10,6 +10,23 @@ namespace fastattn::cuda {
 constexpr int kDecodeRows = 16;
 constexpr int kMaxSplits = 256;
 
+// Rows of queries (of all heads of a group) up to which a problem is one of decode: reading keys
+// and values takes the time, so the keys are cut as decode_splits says.
+//
+// The decode kernel reads them once per 16 rows. Up to 16 nothing is faster. Up to 32 it still
+// is better than the tile kernel of sm_80, most of whose rows would be empty. The one of Hopper
+// reads them once for 64 rows, and the products, in one warpgroup, hide under that.
+constexpr int kMostDecodeRows = 2 * kDecodeRows, kMostDecodeRowsSm90 = 64;
+
+constexpr bool is_decode(int64_t rows, bool takes_sm90) {
+  return rows <= (takes_sm90 ? kMostDecodeRowsSm90 : kMostDecodeRows);
+}
+
+// Whether decode runs on the kernel of Hopper.
+constexpr bool decodes_on_sm90(int64_t rows, bool takes_sm90) {
+  return takes_sm90 && rows > kDecodeRows;
+}
+
 // Warps of a block, and for each of them the keys of a tile and the tiles in its ring, each of K
 // and V.
 struct DecodeTile {
@@ -57,9 +74,10 @@ inline int decode_blocks(int element_bytes, int stored_bytes, int head_dim, int 
   return max_of(min_of(blocks, tile.most_blocks()), 1);
 }
 
-// What decode is to do: rows of all heads of a group, and keys of the longest sequence.
+// What decode is to do: tiles of queries, of all KV heads and sequences, and for each of them
+// rounds of keys, of the longest sequence.
 struct DecodeProblem {
-  int64_t rows, heads_kv, sequences, keys;
+  int64_t tiles, rounds;
 };
 
 // What it runs on.
@@ -72,31 +90,29 @@ struct DecodeMachine {
 // come in waves. In the last one, half as many as fit already take all of the bandwidth that there
 // is, so they are faster, but not more than twice.
 inline double decode_cost(const DecodeProblem& problem, const DecodeMachine& machine,
-                          int64_t rounds, int64_t splits) {
+                          int64_t splits) {
   constexpr double kPartCost = 2, kMergeCost = 1;
-  const int64_t tiles = ceil_div(problem.rows, kDecodeRows);
-  const int64_t blocks = tiles * problem.heads_kv * problem.sequences * splits;
+  const int64_t blocks = problem.tiles * splits;
   const int64_t most = int64_t{machine.multiprocessors} * machine.blocks_per_multiprocessor;
   const double least = machine.blocks_per_multiprocessor > 1 ? 0.5 : 1.0;
   const double rest = static_cast<double>(blocks % most) / static_cast<double>(most);
   const double last_wave = rest == 0 ? 0.0 : max_of(rest, least);
   const double waves = static_cast<double>(blocks / most) + last_wave;
-  const double part = static_cast<double>(ceil_div(rounds, splits)) + kPartCost;
+  const double part = static_cast<double>(ceil_div(problem.rounds, splits)) + kPartCost;
   return waves * part + (splits > 1 ? kMergeCost : 0.0);
 }
 
 // The number of splits that takes the least time, and of those the smallest.
-inline int decode_splits(const DecodeProblem& problem, const DecodeMachine& machine,
-                         const DecodeTile& tile) {
-  const int64_t rounds = max_of<int64_t>(ceil_div(problem.keys, tile.round_keys()), 1);
+inline int decode_splits(const DecodeProblem& problem, const DecodeMachine& machine) {
+  const int64_t rounds = problem.rounds;
   int64_t best = 1;
-  double least = decode_cost(problem, machine, rounds, 1);
+  double least = decode_cost(problem, machine, 1);
   // Of the numbers that give parts of the same length the smallest will do: few are left to try.
   for (int64_t share = rounds; share > 1;) {
     const int64_t splits = ceil_div(rounds, share - 1);
     if (splits > kMaxSplits) break;
     share = ceil_div(rounds, splits);
-    const double cost = decode_cost(problem, machine, rounds, splits);
+    const double cost = decode_cost(problem, machine, splits);
     if (cost < least) {
       least = cost;
       best = splits;

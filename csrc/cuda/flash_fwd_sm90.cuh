@@ -2,11 +2,11 @@
 // but the products are those of warpgroups, asynchronous, and operands come by TMA (Shah et al.,
 // 2024, "FlashAttention-3").
 //
-// One warp fills the rings of K and V; two or three warpgroups, 64 rows of queries each, use them
-// up. Two things hide softmax behind products: a warpgroup computes the scores of a tile of keys
-// while its weights of the tile before meet their values, and warpgroups take turns at beginning
-// products, so that one computes softmax while another multiplies. Blocks stay and take tile after
-// tile.
+// One warp fills the rings of K and V, from contiguous rows or from those of pages; two or three
+// warpgroups, 64 rows of queries each, use them up. Two things hide softmax behind products: a
+// warpgroup computes the scores of a tile of keys while its weights of the tile before meet their
+// values, and warpgroups take turns at beginning products, so that one computes softmax while
+// another multiplies. Blocks stay and take tile after tile.
 #pragma once
 
 #include "forward_schedule.h"
@@ -26,8 +26,8 @@ struct ForwardConfigSm90 {
   static constexpr bool kTerms = kWithTerms, kTakesTurns = kTile.takes_turns;
   static constexpr Maximum kMaximum = kTerms ? Maximum::kScore : Maximum::kExponent;
   // Of the 65536 registers, the warps that load need few: 128 threads of them and of each group.
-  static constexpr int kProducerRegisters = kGroups == 2 ? 24 : 32;
-  static constexpr int kConsumerRegisters = kGroups == 2 ? 240 : 160;
+  static constexpr int kProducerRegisters = kGroups == 2 ? 40 : 56;
+  static constexpr int kConsumerRegisters = kGroups == 2 ? 232 : 152;
 
   struct Shared {
     alignas(1024) PanelTile<T, kQueries, kHeadDim> query;
@@ -47,10 +47,12 @@ struct ForwardConfigSm90 {
   };
 };
 
-// The thread that loads.
+// The warp that loads. A tile of keys comes in boxes of rows that lie together in memory, of which
+// each lane has one: a tile of a tensor is one box, a tile of a paged cache has some for each page.
 template <typename Config>
 class ForwardProducer {
   using Shared = typename Config::Shared;
+  static constexpr int kKeys = Config::kKeys;
 
  public:
   FA_DEVICE ForwardProducer(const ForwardParamsSm90& given, Shared& memory)
@@ -63,12 +65,14 @@ class ForwardProducer {
     uint32_t nth = 0, loaded = 0;
     for (uint32_t tile = blockIdx.x; tile < params.schedule.count; tile += gridDim.x, ++nth) {
       ForwardPlan& plan = shared.plan[nth % 2];
-      // NOTE: whoever has released the queries of the tile before has done with the plan of the one
-      // before that, which lies in the same place.
-      shared.query_ring.wait_empty(nth);
-      plan =
-          ForwardPlan(params.base, tile_at(params.schedule, tile), Config::kQueries, Config::kKeys);
-      load_q_tile(plan, nth);
+      if (ptx::lane_id() == 0) {
+        // NOTE: whoever has released the queries of the tile before has done with the plan of the
+        // one before that, which lies in the same place.
+        shared.query_ring.wait_empty(nth);
+        plan = ForwardPlan(params.base, tile_at(params.schedule, tile), Config::kQueries, kKeys);
+        load_q_tile(plan, nth);
+      }
+      ptx::sync_warp();  // the plan is there
       for (int block = plan.first_block; block < plan.last_block; ++block) {
         load_kv_tile(plan, block, loaded++);
       }
@@ -78,27 +82,59 @@ class ForwardProducer {
  private:
   // Nothing where the tile sees no keys.
   FA_DEVICE void load_q_tile(const ForwardPlan& plan, uint32_t nth) {
+    constexpr int kRowBytes = sizeof(shared.query) / Config::kQueries;
     const bool is_needed = plan.first_block < plan.last_block;
     ptx::Barrier* barrier =
-        shared.query_ring.begin_fill(nth, is_needed ? static_cast<int>(sizeof(shared.query)) : 0);
+        shared.query_ring.begin_fill(nth, is_needed ? params.query_rows * kRowBytes : 0);
     if (!is_needed) return;
     const int head = static_cast<int>(plan.tile.first_head);
     const int row = static_cast<int>(plan.seq.first_q + plan.tile.query(0));
     load_panels(shared.query, &params.query_map, p.cu_seqlens_q, head, row, plan.seq, barrier);
   }
 
+  // NOTE: the block table is read before the waits, under which its latency passes.
   FA_DEVICE void load_kv_tile(const ForwardPlan& plan, int block, uint32_t n) {
-    load_key_rows(shared.key, shared.key_ring, &params.key_map, plan, block, n);
-    load_key_rows(shared.value, shared.value_ring, &params.value_map, plan, block, n);
+    const Place place = place_of(plan.seq, static_cast<uint32_t>(block) * kKeys + first_row());
+    load_key_rows(shared.key, shared.key_ring, &params.key_map, plan, place, n);
+    load_key_rows(shared.value, shared.value_ring, &params.value_map, plan, place, n);
   }
+
+  // Of this lane's box in a tile; kKeys or more: it has none.
+  FA_DEVICE int first_row() const {
+    return ptx::lane_id() * params.box_rows;
+  }
+
+  // Of the first row of a box: in a tensor, or in a page or ring, and which of these.
+  struct Place {
+    int row, entry;
+  };
+  FA_DEVICE Place place_of(const Sequence& seq, uint32_t key) const {
+    const CacheView& cache = p.cache;
+    if (!has_row_table(cache)) {
+      return {static_cast<int>(seq.first_k + key),
+              p.cu_seqlens_k.data != nullptr ? 0 : static_cast<int>(seq.b0)};
+    }
+    const auto rows = static_cast<uint32_t>(rows_of_entry(cache));
+    const uint32_t page = key / rows;
+    const int row = static_cast<int>(key - page * rows);
+    // Of rows that none looks for the table may know nothing: behind the last entry are zeros.
+    const bool is_seen = key < seq.len_k && key + params.box_rows > seq.first_seen;
+    if (!is_seen) return {row, static_cast<int>(cache.entries)};
+    return {row, static_cast<int>(cache.page_rows > 0 ? cache_page(cache, seq, page) : seq.b0)};
+  }
+
   template <typename Tile, int kStages>
   FA_DEVICE void load_key_rows(Tile (&tiles)[kStages], Ring<kStages>& ring, const TensorMap* map,
-                               const ForwardPlan& plan, int block, uint32_t n) {
-    const int row = static_cast<int>(plan.seq.first_k) + block * Config::kKeys;
-    const int head = static_cast<int>(plan.head_kv);
-    ring.wait_empty(n);
-    load_panels(tiles[n % kStages], map, p.cu_seqlens_k, row, head, plan.seq,
-                ring.begin_fill(n, sizeof(Tile)));
+                               const ForwardPlan& plan, const Place& place, uint32_t n) {
+    if (ptx::lane_id() == 0) {
+      ring.wait_empty(n);
+      ring.begin_fill(n, sizeof(Tile));
+    }
+    ptx::sync_warp();  // NOTE: a lane that waited by itself could fall behind by a whole phase
+    if (first_row() >= kKeys) return;
+    const int head = static_cast<int>(plan.head_kv), b1 = static_cast<int>(plan.seq.b1);
+    load_panels(tiles[n % kStages], first_row(), map, {place.row, head, b1, place.entry},
+                &ring.full[n % kStages]);
   }
 
   const ForwardParamsSm90& params;
@@ -137,6 +173,7 @@ class ForwardConsumer {
     acc_o.set_zero();
     const int last = plan.last_block, last_interior = min_of(last, plan.last_interior);
     int block = plan.first_block;
+    if (kPassesOver && !has_rows(plan)) pass_over(last - block), block = last;
     while (block < last) {
       if (!Config::kTerms && plan.first_interior <= block && block < last_interior) {
         attend_interior(last_interior - block);
@@ -152,6 +189,24 @@ class ForwardConsumer {
       store_part(acc_o, params, plan, warp_row());
     } else {
       store_out(plan);
+    }
+  }
+
+  // Few queries leave a warpgroup without any. NOTE: in the kernel without turns, of head_dim 256,
+  // this branch would move the wait for the products before softmax.
+  static constexpr bool kPassesOver = Config::kTakesTurns;
+  FA_DEVICE bool has_rows(const ForwardPlan& plan) const {
+    return plan.tile.first + 64 * group() < plan.seq.len_q * plan.tile.pack;
+  }
+
+  // Its part in `count` tiles of keys that it does not need: what others wait for. The turn says
+  // that those before, who have rows, have used up what was in these buffers before.
+  FA_DEVICE void pass_over(int count) {
+    for (; count > 0; --count) {
+      wait_for_turn();
+      give_turn();
+      shared.key_ring.release(used);
+      shared.value_ring.release(used++);
     }
   }
 
@@ -316,7 +371,7 @@ void flash_fwd_sm90(const __grid_constant__ ForwardParamsSm90 params) {
   ptx::sync_block();
   if (threadIdx.x < ptx::kWarpgroupSize) {
     ptx::fewer_registers<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) ForwardProducer<Config>(params, shared).run();
+    if (threadIdx.x < ptx::kWarpSize) ForwardProducer<Config>(params, shared).run();
   } else {
     ptx::more_registers<Config::kConsumerRegisters>();
     ForwardConsumer<Config>(params, shared).run();

@@ -20,6 +20,11 @@ struct ForwardParams {
   int64_t partial_rows;
 };
 
+// Of the pages, or the rings, of a cache; 0: the rows of a sequence follow one another to the end.
+FA_INLINE int64_t rows_of_entry(const CacheView& cache) {
+  return max_of(cache.page_rows, cache.ring_rows);
+}
+
 // Row (sequence, head, i) of the partial results.
 FA_INLINE int64_t partial_row(const AttentionParams& p, int64_t sequence, int64_t first_q,
                               int64_t head, int64_t i) {

@@ -29,8 +29,10 @@ struct ForwardParamsSm90 {
   ForwardParams base;
   TileSchedule schedule;
   // (column, head, row, batch1, batch0) of queries; (column, row, head, batch1, batch0) of the
-  // others. Packed tensors have one batch.
+  // others, with the entries of a cache for batch0. Packed tensors have one batch.
   TensorMap query_map, key_map, value_map;
+  int32_t query_rows;  // of a box of queries: all of a tile, or as many whole queries as fit
+  int32_t box_rows;    // of a box of keys, 8 at least
 };
 
 }  // namespace fastattn::cuda

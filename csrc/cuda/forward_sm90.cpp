@@ -50,12 +50,16 @@ cudaError_t launch(const ForwardParamsSm90& params, int most_blocks, cudaStream_
 }  // namespace
 
 const char* sm90_obstacle(const AttentionParams& p, const DeviceLimits& limits) {
-  if (limits.arch != 90) return "the GPU is not of compute capability 9.0";
-  if (!kHasSm90Kernels) return "this build has no 90a in FASTATTN_CUDA_ARCHS";
+  if (const char* obstacle = sm90_build_obstacle(limits)) return obstacle;
   if (p.dtype == DType::kFloat32) return "float32";
   if (p.batch_invariant) return "batch_invariant: one schedule for every call";
   if (is_int8(p.cache)) return "an int8 cache";
-  if (has_row_table(p.cache)) return "a paged cache, or a ring";
+  if (rows_of_entry(p.cache) % 8 != 0) {
+    return "pages, or a ring, whose number of rows is no multiple of 8";
+  }
+  if (has_row_table(p.cache) && p.cache.key_starts.data != nullptr) {
+    return "pages, or a ring, with padding on the left";
+  }
   if (p.seqlen_k == 0 || (p.cu_seqlens_k.data != nullptr && p.total_k == 0)) return "no keys";
   if (!takes_queries(p, p.query, p.head_dim) || !takes_keys(p, p.key, p.head_dim) ||
       !takes_keys(p, p.value, p.head_dim_v)) {
@@ -79,8 +83,10 @@ cudaError_t run_flash_fwd_sm90([[maybe_unused]] ForwardParams params,
   all.base = params;
   all.schedule = schedule_of(params);
   if (all.schedule.count == 0) return cudaSuccess;
+  all.query_rows = tile.queries() / params.pack * params.pack;
+  all.box_rows = box_rows(p.cache, tile.keys);
   cudaError_t error =
-      encode_queries(&all.query_map, p, p.query, p.head_dim, params.pack, tile.queries());
+      encode_queries(&all.query_map, p, p.query, p.head_dim, params.pack, all.query_rows);
   if (error == cudaSuccess) error = encode_keys(&all.key_map, p, p.key, p.head_dim, tile.keys);
   if (error == cudaSuccess)
     error = encode_keys(&all.value_map, p, p.value, p.head_dim_v, tile.keys);

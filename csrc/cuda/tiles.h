@@ -55,11 +55,12 @@ constexpr HeadDims kHeadDimsSm90[] = {{64, 64},   {96, 96},   {128, 128},
 
 constexpr ForwardTileSm90 forward_tile_sm90(HeadDims head_dims, bool has_terms) {
   // Scores, the weights of the tile before and out take 3/4 keys + 1/2 of_value registers of the
-  // 240 that two warpgroups have each, or of the 160 of three. Beyond two thirds of them the
+  // 232 that two warpgroups have each, or of the 152 of three. Far beyond two thirds of them the
   // compiler waits for the products before it computes the softmax that they should hide. What the
   // terms of scores need is taken from the keys. Softmax takes as long as the products at head_dim
-  // 64: a third group evens it out.
-  if (head_dims.of_query == 64) return {3, has_terms ? 48 : 96, 2, true};
+  // 64: a third group evens it out. Tiles are small there, so there are more of them, or too few
+  // bytes would be under way where few queries read many keys.
+  if (head_dims.of_query == 64) return {3, has_terms ? 48 : 96, 4, true};
   if (head_dims.of_query <= 128) return {2, has_terms ? 80 : 128, 2, true};
   // 227 KB hold the queries and two tiles each of keys and values. Turns decide where the compiler
   // waits for the products (check_sass.py): at 192 it computes softmax behind the wait without

@@ -29,18 +29,27 @@ constexpr int kPanelStride = Tile::kRows * kPanelBytes;
 // Eight rows of a panel, after which the next eight follow.
 constexpr int kSwizzleAtom = 8 * kPanelBytes;
 
-// Begins to load a tile by TMA, panel by panel; `second`, `third`: coordinates in the order of the
-// map (attention_maps.h). Packed rows, those with cu_seqlens, have one batch.
+// Begins to load the rows of a box of TMA to row `row` on of a tile, a multiple of 8, panel by
+// panel. `at`: the coordinates of the first one, in the order of the map (attention_maps.h),
+// without the column.
+template <typename Tile>
+FA_DEVICE void load_panels(Tile& tile, int row, const TensorMap* map, const int (&at)[4],
+                           ptx::Barrier* barrier) {
+#pragma unroll
+  for (int panel = 0; panel < Tile::kColumns / kPanelElements; ++panel) {
+    ptx::tma_load<5>(tile.data + panel * (kPanelStride<Tile> / 2) + row * kPanelElements, map,
+                     {panel * kPanelElements, at[0], at[1], at[2], at[3]}, barrier);
+  }
+}
+
+// Begins to load a whole tile; `second`, `third`: the same coordinates. Packed rows, those with
+// cu_seqlens, have one batch.
 template <typename Tile>
 FA_DEVICE void load_panels(Tile& tile, const TensorMap* map, const IndexArray& cu_seqlens,
                            int second, int third, const Sequence& seq, ptx::Barrier* barrier) {
   const int b1 = static_cast<int>(seq.b1);
   const int b0 = cu_seqlens.data != nullptr ? 0 : static_cast<int>(seq.b0);
-#pragma unroll
-  for (int panel = 0; panel < Tile::kColumns / kPanelElements; ++panel) {
-    ptx::tma_load<5>(tile.data + panel * (kPanelStride<Tile> / 2), map,
-                     {panel * kPanelElements, second, third, b1, b0}, barrier);
-  }
+  load_panels(tile, 0, map, {second, third, b1, b0}, barrier);
 }
 
 // An operand along whose rows the sum runs: rows `row` on of a tile, the first panel.

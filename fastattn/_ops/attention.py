@@ -23,6 +23,7 @@ attention_backward = torch.ops.fastattn.attention_backward.default
 attention_weights = torch.ops.fastattn.attention_weights.default
 attention_column_sums = torch.ops.fastattn.attention_column_sums.default
 attention_schedule = torch.ops.fastattn.attention_schedule.default
+attention_backward_schedule = torch.ops.fastattn.attention_backward_schedule.default
 
 Options = dict[str, Any]
 
@@ -197,7 +198,7 @@ def _require_one_device(query: Tensor, **tensors: Any) -> None:
             raise ValueError(f"{name}: expected a tensor on {query.device}, got {x.device}")
 
 
-def _bind(given: Sequence[Any], named: Options) -> Options:
+def named_options(given: Sequence[Any], named: Options) -> Options:
     """All options: torch leaves out what is at its default at the end of the arguments."""
     return OPTIONS | dict(zip(OPTIONS, given, strict=False)) | named
 
@@ -214,7 +215,7 @@ def _plain_fake(
 def attention_forward_fake(
     query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any
 ) -> Any:
-    options = _bind(given, named)
+    options = named_options(given, named)
     _require_one_device(query, key=key, value=value, **options)
     packed = options["cu_seqlens_q"] is not None
     out = _empty_in_order_of(query, value.shape[-1], packed)
@@ -237,7 +238,7 @@ def _backward_fake(
     *given: Any,
     **named: Any,
 ) -> Any:
-    options = _bind(given, named)
+    options = named_options(given, named)
     packed = options["cu_seqlens_q"] is not None
     bias, sink = options["bias"], options["sink"]
 
@@ -263,13 +264,13 @@ def _score_sizes(query: Tensor, key: Tensor, bshd: bool) -> tuple[list[int], int
 def _weights_fake(
     query: Tensor, key: Tensor, lse: Tensor, rows: Tensor, heads: Tensor, *given: Any, **named: Any
 ) -> Tensor:
-    batch, _, _, keys = _score_sizes(query, key, _bind(given, named)["bshd"])
+    batch, _, _, keys = _score_sizes(query, key, named_options(given, named)["bshd"])
     return query.new_empty((*batch, heads.shape[0], rows.shape[0], keys), dtype=real_dtype(query))
 
 
 @register_fake("fastattn::attention_column_sums")
 def _column_sums_fake(query: Tensor, key: Tensor, lse: Tensor, *given: Any, **named: Any) -> Tensor:
-    batch, heads, _, keys = _score_sizes(query, key, _bind(given, named)["bshd"])
+    batch, heads, _, keys = _score_sizes(query, key, named_options(given, named)["bshd"])
     return query.new_empty((*batch, heads, keys), dtype=real_dtype(query))
 
 
@@ -306,7 +307,7 @@ def _plain_flops(
 
 @register_flop_formula(torch.ops.fastattn.attention_forward, get_raw=True)
 def _forward_flops(query: Tensor, key: Tensor, value: Tensor, *given: Any, **named: Any) -> int:
-    scores = _num_scores(query, key, _bind(given, named))
+    scores = _num_scores(query, key, named_options(given, named))
     return 2 * scores * (query.shape[-1] + value.shape[-1])
 
 
@@ -321,7 +322,7 @@ def _backward_flops(
     **named: Any,
 ) -> int:
     out_lse_and_needs = 6
-    scores = _num_scores(query, key, _bind(rest[out_lse_and_needs:], named))
+    scores = _num_scores(query, key, named_options(rest[out_lse_and_needs:], named))
     return 2 * scores * (3 * query.shape[-1] + 2 * value.shape[-1])
 
 
@@ -329,10 +330,10 @@ def _backward_flops(
 def _weights_flops(
     query: Tensor, key: Tensor, lse: Tensor, rows: Tensor, heads: Tensor, *given: Any, **named: Any
 ) -> int:
-    batch, _, _, keys = _score_sizes(query, key, _bind(given, named)["bshd"])
+    batch, _, _, keys = _score_sizes(query, key, named_options(given, named)["bshd"])
     return 2 * math.prod(batch) * heads.numel() * rows.numel() * keys * query.shape[-1]
 
 
 @register_flop_formula(torch.ops.fastattn.attention_column_sums, get_raw=True)
 def _column_sums_flops(query: Tensor, key: Tensor, lse: Tensor, *given: Any, **named: Any) -> int:
-    return 2 * _num_scores(query, key, _bind(given, named)) * query.shape[-1]
+    return 2 * _num_scores(query, key, named_options(given, named)) * query.shape[-1]

@@ -14,6 +14,7 @@ from fastattn._ops.common import real_dtype, register_fake
 kv_cache_update = torch.ops.fastattn.kv_cache_update.default
 attention_with_cache = torch.ops.fastattn.attention_with_cache.default
 attention_with_cache_ = torch.ops.fastattn.attention_with_cache_.default
+attention_with_cache_schedule = torch.ops.fastattn.attention_with_cache_schedule.default
 
 
 @register_fake("fastattn::kv_cache_update")
@@ -40,7 +41,7 @@ def _bind(op: Any, given: Any, named: Any) -> dict[str, Any]:
 
 
 @register_fake("fastattn::attention_with_cache")
-def _attention_fake(
+def attention_with_cache_fake(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, **named: Any
 ) -> Any:
     given = (query, k_cache, v_cache, *rest)
@@ -48,7 +49,7 @@ def _attention_fake(
 
 
 @register_fake("fastattn::attention_with_cache_")
-def _writing_attention_fake(
+def attention_with_cache_writing_fake(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any, **named: Any
 ) -> Any:
     given = (query, k_cache, v_cache, *rest)

@@ -56,7 +56,9 @@ REPLACED = [
     ("index", r", (parity\(n\) \^ 1)\)", "parity(n)"),
     # What is for some rows, lanes or loads is done for all; a product adds to what was there.
     ("guard", r"\bif \((i < plan\.seq\.rows_q)\)", "true"),
-    ("guard", r"\bif \((ptx::lane_id\(\) == 0)\) ptx::mbarrier_arrive", "true"),
+    ("guard", r"\bif \((ptx::lane_id\(\) == 0)\) (?:\{|ptx::mbarrier_arrive)", "true"),
+    ("guard", r"\bif \((first_row\(\) >= kKeys|!is_seen)\)", "false"),
+    ("guard", r"\b(key < seq\.len_k) &&", "true"),
     ("guard", r"\bif \((lane == 0) && count > 0\)", "true"),
     ("guard", r"&& (count > 0)\)", "true"),
     ("guard", r"\bif \((!is_needed)\)", "false"),

@@ -74,6 +74,7 @@ TESTS = {
         "attention_dropout.py::test_dropout_keeps_the_accuracy_contract",
         "attention_empty_and_hidden.py::test_poison_in_hidden_keys_and_values_changes_nothing",
         "attention_hopper.py",
+        "attention_hopper_caches.py",
     ],
 }
 WITHOUT = {"sm80": "torch.float16 or 4099", "sm90": "torch.float16 or torch.float32"}

@@ -39,6 +39,15 @@ struct ForwardChoice {
 };
 ForwardChoice attention_choice(const AttentionParams& params, const Place& place);
 
+// What attention_backward chooses, of the gradients whose data is not null.
+struct BackwardChoice {
+  bool is_fused;  // one kernel for dK, dV and dQ; else one for dK and dV and one for dQ
+  const char* kernel;
+  // nullptr where it is.
+  const char *why_not_sm90, *why_not_fused;
+};
+BackwardChoice attention_backward_choice(const AttentionGradParams& params, const Place& place);
+
 // For float32, bfloat16 and float16; as those of attention start work and return. The workspace is
 // for dbias.
 size_t activation_backward_workspace(const ActivationParams& params, const Place& place);
