@@ -12,7 +12,7 @@ from attention_options import with_features
 
 import fastattn
 import fastattn.functional as fa
-from fastattn import reference
+from fastattn import _C, reference
 from fastattn.support import cuda_level
 from fastattn.testing import (
     attention_inputs,
@@ -276,6 +276,84 @@ def test_poison_beyond_the_lengths_within_a_packed_buffer(head_dim):
     for side, tensors in got.items():
         for x, want in zip(tensors, clean[side], strict=True):
             torch.testing.assert_close(x, want)
+
+
+# ---- Sums in a fixed order ----------------------------------------------------------------------
+
+ORDERED = {
+    "all": ({"queries": 200, "keys": 600}, {}),
+    "causal": ({"queries": 500, "keys": 500}, {"causal": True}),
+    "no multiples of tiles": ({"queries": 333, "keys": 401}, {"causal": True}),
+    "more queries than keys": ({"queries": 400, "keys": 260}, {"causal": True}),
+    "window": ({"queries": 300, "keys": 600}, {"window": (200, 40)}),
+    "narrow window": ({"queries": 420, "keys": 420}, {"window": (3, 0)}),
+    "keys that nobody sees": ({"queries": 150, "keys": 520}, {"causal": "top_left"}),
+    "lengths": (
+        {"batch": (3,), "queries": 300, "keys": 420},
+        {
+            "query_lengths": torch.tensor([300, 0, 130]),
+            "key_lengths": torch.tensor([129, 420, 400]),
+            "causal": True,
+        },
+    ),
+    "heads of two groups": ({"heads": 6, "kv_heads": 2, "queries": 260, "keys": 300}, {}),
+}
+
+
+ORDERED_CASES = [*((name, 128) for name in ORDERED), ("causal", 64), ("window", 96)]
+
+
+def gradients(inputs, options, *, function=fa.attention, seed=1):
+    """Of query, key and value, with blocks and threads in an order of their own."""
+    if _C.emulated_levels:
+        _C.set_emulator_seed(seed)
+    leaves = [x.clone().requires_grad_() for x in inputs.values()]
+    out = function(**dict(zip(inputs, leaves, strict=True)), **options)
+    dout = randn(*out.shape, seed=9, dtype=out.dtype)
+    return torch.autograd.grad(out, leaves, dout)
+
+
+def check_order(inputs, options, **more):
+    """The bits are always the same, and but for dQ those of sums in any order: it is the same
+    kernel."""
+    free = gradients(inputs, options, **more)
+    first, *others = (
+        gradients(inputs, options | {"deterministic": True}, seed=s, **more) for s in (1, 2, 3)
+    )
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
+    assert torch.equal(first[1], free[1]) and torch.equal(first[2], free[2])
+
+
+@pytest.mark.parametrize("name, head_dim", ORDERED_CASES)
+def test_sums_in_a_fixed_order(name, head_dim):
+    """Over many tiles of keys; of which not all meet all queries."""
+    shape, options = ORDERED[name]
+    inputs = inputs_of(**shape, head_dim=head_dim)
+    check_order(inputs, options)
+    check(inputs, **options, deterministic=True)
+
+
+def test_sums_of_packed_sequences_in_a_fixed_order():
+    inputs, bounds = packed_inputs(128)
+    named = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), bounds, strict=True))
+    for options in ({}, {"causal": True}, {"window": (50, 9)}):
+        check_order(inputs, named | options, function=fa.attention_varlen)
+        check_packed(inputs, bounds, **options, deterministic=True)
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_poison_and_a_fixed_order(poison):
+    """Of a key that most queries do not see: they get what they get without it."""
+    inputs = inputs_of(heads=1, queries=200, keys=300, head_dim=64)
+    options = {"window": (40, 25), "deterministic": True}
+    clean = gradients(inputs, options)
+    inputs["key"][:, :, 130] = poison
+    got = gradients(inputs, options)
+    unseeing = torch.ones(200, dtype=torch.bool)
+    unseeing[5:71] = False  # query i stands at key i + 100
+    assert torch.equal(got[0][:, :, unseeing], clean[0][:, :, unseeing])
+    assert not got[0][:, :, 30].isfinite().any()
 
 
 # ---- What hidden rows hold ----------------------------------------------------------------------

@@ -43,15 +43,26 @@ cudaError_t encode_maps(BackwardParamsSm90* params, int queries) {
 
 }  // namespace
 
-bool takes_backward_sm90(const AttentionGradParams& g, const DeviceLimits& limits) {
+// NOTE: not batch_invariant, though its sums have an order: whether TMA can read a tensor depends
+// on where its other sequences lie.
+const char* backward_sm90_obstacle(const AttentionGradParams& g, const DeviceLimits& limits) {
   const AttentionParams& p = g.forward;
-  if (!kHasSm90Kernels || limits.arch != 90 || p.dtype == DType::kFloat32) return false;
-  if (g.deterministic || p.batch_invariant || has_terms(p)) return false;
-  if (g.dquery.data == nullptr || g.dkey.data == nullptr) return false;
-  if (max_of(p.head_dim, p.head_dim_v) > kMaxHeadDimBackwardSm90) return false;
-  if (p.seqlen_q == 0 || p.seqlen_k == 0) return false;
-  return takes_queries(p, p.query, p.head_dim) && takes_queries(p, g.dout, p.head_dim_v) &&
-         takes_keys(p, p.key, p.head_dim) && takes_keys(p, p.value, p.head_dim_v);
+  if (limits.arch != 90) return "the GPU is not of compute capability 9.0";
+  if (!kHasSm90Kernels) return "this build has no 90a in FASTATTN_CUDA_ARCHS";
+  if (p.dtype == DType::kFloat32) return "float32";
+  if (p.batch_invariant) return "batch_invariant: one kernel wherever tensors lie";
+  if (g.dquery.data == nullptr || g.dkey.data == nullptr) {
+    return "no gradient of query, or none of key and value: it computes all three";
+  }
+  if (max_of(p.head_dim, p.head_dim_v) > kMaxHeadDimBackwardSm90) return "a head_dim beyond 128";
+  if (has_terms(p)) return "scores with a bias, mask, softcap, ALiBi or dropout";
+  if (p.seqlen_q == 0 || p.seqlen_k == 0) return "no queries, or no keys";
+  if (!takes_queries(p, p.query, p.head_dim) || !takes_queries(p, g.dout, p.head_dim_v) ||
+      !takes_keys(p, p.key, p.head_dim) || !takes_keys(p, p.value, p.head_dim_v)) {
+    return "query, key, value or the gradient of the result with rows that do not begin at "
+           "multiples of 16 bytes, or expanded";
+  }
+  return nullptr;
 }
 
 cudaError_t run_flash_bwd_sm90([[maybe_unused]] BackwardParams params,

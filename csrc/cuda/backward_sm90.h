@@ -17,10 +17,11 @@ struct BackwardParamsSm90 {
   TensorMap query_map, dout_map, key_map, value_map;
 };
 
-// Whether the kernel for dK, dV and dQ takes a problem. Its sums of dQ have no fixed order.
-bool takes_backward_sm90(const AttentionGradParams& gradient, const DeviceLimits& limits);
+// Why the kernel for dK, dV and dQ does not take a problem, or nullptr where it does.
+const char* backward_sm90_obstacle(const AttentionGradParams& gradient, const DeviceLimits& limits);
 
-// dK, dV and, into zeroed dquery_sums, dQ; `params` without `tiles`.
+// dK, dV and, into zeroed dquery_sums, dQ, in a fixed order by way of zeroed dquery_turns; `params`
+// without `tiles`.
 cudaError_t run_flash_bwd_sm90(BackwardParams params, cudaStream_t stream);
 
 // kHeadDim: 64, 96, 128; `params` whole.

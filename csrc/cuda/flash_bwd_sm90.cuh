@@ -14,6 +14,7 @@
 #include "backward_sm90.h"
 #include "dkdv_tile.cuh"
 #include "dq_share.cuh"
+#include "dq_turns.cuh"
 #include "ring.cuh"
 #include "wgmma_tile.cuh"
 
@@ -46,6 +47,8 @@ struct BackwardConfigSm90 {
     Ring<kStages> query_ring, dout_ring;
     ptx::Barrier keys_full;  // K and V
     DkDvPlan plan;
+    DqTurns turns;
+    int64_t turn[4 * kGroups];  // of each warp, that it has not passed on yet; or kNone
 
     FA_DEVICE void init() {
       query_ring.init(4 * kGroups);
@@ -119,6 +122,7 @@ class BackwardConsumer {
   static constexpr int kQueries = Config::kQueries, kStages = Config::kStages,
                        kPart = Config::kPart, kN = kPart / 8;
   static constexpr int kThreads = Config::kConsumers;
+  static constexpr int64_t kNone = -1;
   using Scores = BackwardScores<true, false, 1, kN>;
   using Tile = Accumulator<1, kN>;
   using Gradient = Accumulator<1, kWholePanels<Config::kHeadDim> / 8>;
@@ -136,6 +140,7 @@ class BackwardConsumer {
   FA_DEVICE void run() {
     acc_dk.set_zero();
     acc_dv.set_zero();
+    if (ptx::lane_id() == 0) ptx::store_shared(&shared.turn[warp], kNone);
     ptx::mbarrier_wait(&shared.keys_full, 0);
     const int steps = plan.steps();
 #pragma unroll 1
@@ -146,7 +151,7 @@ class BackwardConsumer {
         step<true>(n);
       }
     }
-    if (ptx::lane_id() == 0) ptx::bulk_wait<0>();
+    if (ptx::lane_id() == 0) end_turn();
     const AttentionGradParams& g = params.gradient;
     store_key_rows<T>(acc_dk, plan, warp_row(), g.dkey, params.has_paired_dkey, p.head_dim,
                       params.scale);
@@ -259,7 +264,7 @@ class BackwardConsumer {
     const DkDvPlan::Step at = plan.step_of(n);
     const int64_t first = static_cast<int64_t>(at.block) * kQueries + row;
     const int64_t origin = padded_origin(params, plan.seq, plan.first_head + at.head);
-    add_to_sums(acc, origin + first, plan.seq.len_q - first);
+    add_to_sums(acc, at.block, origin + first, plan.seq.len_q - first);
   }
 
   // Q and dO are used up when dK and dV are done, the newest products but kPending.
@@ -272,10 +277,10 @@ class BackwardConsumer {
   }
 
   // Adds a warp's part to the sums: 16 rows from `row` on, of which `count` take part.
-  FA_DEVICE void add_to_sums(const PartOfDq& acc, int64_t row, int64_t count) {
+  FA_DEVICE void add_to_sums(const PartOfDq& acc, int block, int64_t row, int64_t count) {
     float* staged = shared.dq[warp];
     const int lane = ptx::lane_id();
-    if (lane == 0) ptx::bulk_wait_read<0>();
+    if (lane == 0) end_turn();
     ptx::sync_warp();  // what it held has been added
 #pragma unroll
     for (int n = 0; n < PartOfDq::kN; ++n) {
@@ -290,10 +295,31 @@ class BackwardConsumer {
     const int columns = min_of(Config::kDqColumns, Config::kHeadDim - column);
     // Rows of which none takes part may be another sequence's.
     if (lane == 0 && count > 0) {
+      begin_turn(block, row);
       ptx::bulk_add(dq_fragment<Config::kHeadDim>(params.dquery_sums, row, column), staged,
                     columns / 8 * 128 * static_cast<int>(sizeof(float)));
       ptx::bulk_commit();
     }
+  }
+
+  // One lane of a warp has the turns. It passes one on a step late, when the sums are long there.
+  FA_DEVICE void begin_turn(int block, int64_t row) {
+    if (params.dquery_turns == nullptr) return;
+    const int64_t turn = dq_turn<Config::kHeadDim>(row, dq_column_panel());
+    shared.turns.await(params.dquery_turns + turn, block);
+    ptx::store_shared(&shared.turn[warp], turn);
+  }
+
+  // What the warp has laid down has been added, or, where the order is free, will be.
+  FA_DEVICE void end_turn() {
+    if (params.dquery_turns == nullptr) {
+      ptx::bulk_wait_read<0>();
+      return;
+    }
+    ptx::bulk_wait<0>();
+    const int64_t turn = ptx::load_shared(&shared.turn[warp]);
+    if (turn != kNone) shared.turns.pass_on(params.dquery_turns + turn);
+    ptx::store_shared(&shared.turn[warp], kNone);
   }
 
   // ---- What must not reach those who do not see it ----------------------------------------------
@@ -339,7 +365,9 @@ void flash_bwd_sm90(const __grid_constant__ BackwardParamsSm90 params) {
   auto& shared = *static_cast<typename Config::Shared*>(ptx::shared_memory_1024());
   if (threadIdx.x == 0) {
     shared.init();
-    shared.plan = DkDvPlan(params.base, Config::kKeys, Config::kQueries);
+    shared.plan =
+        DkDvPlan(params.base, key_tile_of_block(params.base), Config::kKeys, Config::kQueries);
+    shared.turns = DqTurns(params.base, shared.plan, Config::kKeys, Config::kQueries);
   }
   ptx::sync_block();
   if (shared.plan.first_key >= shared.plan.seq.rows_k) return;

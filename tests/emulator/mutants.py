@@ -15,7 +15,8 @@ LEFT_ALONE = ("ptx.cuh", "ptx_sm90.cuh", "device.cuh")
 # Statements that are left out: calls of these functions.
 LEFT_OUT = {
     "barrier": r"(?:ptx::(?:sync_(?:block|warp|named)|arrive_named|mbarrier_(?!init)\w+)"
-    r"|(?:shared\.)?\w*ring\.(?:wait_\w+|release)|(?:begin|end)_turns|(?:give|wait_for)_turn)",
+    r"|(?:shared\.)?\w*ring\.(?:wait_\w+|release)|(?:begin|end)_turns?|(?:give|wait_for)_turn"
+    r"|(?:shared\.)?turns\.(?:await|pass_on)|ptx::(?:await|release)_global)",
     "wait": r"(?:ptx::(?:cp_async|bulk|wgmma)_wait(?:_read)?|wait_for|release)<[^()]*>",
     "commit": r"ptx::(?:cp_async|bulk|wgmma)_commit",
     "fence": r"ptx::(?:fence_async_proxy|wgmma_fence)",
@@ -60,6 +61,7 @@ REPLACED = [
     ("guard", r"\bif \((lane == 0) && count > 0\)", "true"),
     ("guard", r"&& (count > 0)\)", "true"),
     ("guard", r"\bif \((!is_needed)\)", "false"),
+    ("guard", r"\bif \((before\.has\(block\))\)", "true"),
     ("guard", r", (k > 0),", "true"),
 ]
 # Expressions after a minus that becomes a plus.

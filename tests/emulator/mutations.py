@@ -77,7 +77,7 @@ TESTS = {
     ],
 }
 WITHOUT = {"sm80": "torch.float16 or 4099", "sm90": "torch.float16 or torch.float32"}
-OF_HOPPER = ("ring.cuh", "wgmma_tile.cuh")
+OF_HOPPER = ("ring.cuh", "wgmma_tile.cuh", "dq_turns.cuh")
 
 # Mutants that compute what the kernels compute, each with the reason.
 EQUIVALENT = {
