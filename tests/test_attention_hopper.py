@@ -136,6 +136,14 @@ def test_terms_of_scores(dtype, head_dim):
     check(inputs, **options)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_terms_that_hide_nothing(head_dim):
+    """Of tiles that all see."""
+    inputs = inputs_of(queries=150, keys=140, head_dim=head_dim)
+    check(inputs, softcap=3.0)
+    check(inputs, softcap=2.0, alibi_slopes=torch.tensor([0.3, 0.01]))
+
+
 # ---- Places in memory ---------------------------------------------------------------------------
 
 
@@ -300,7 +308,10 @@ ORDERED = {
 }
 
 
-ORDERED_CASES = [*((name, 128) for name in ORDERED), ("causal", 64), ("window", 96)]
+ORDERED_CASES = [
+    *((name, 128) for name in ORDERED),
+    *(("causal", 64), ("window", 96), ("no multiples of tiles", 192), ("lengths", 256)),
+]
 
 
 def gradients(inputs, options, *, function=fa.attention, seed=1):
@@ -334,8 +345,16 @@ def test_sums_in_a_fixed_order(name, head_dim):
     check(inputs, **options, deterministic=True)
 
 
-def test_sums_of_packed_sequences_in_a_fixed_order():
-    inputs, bounds = packed_inputs(128)
+def test_sums_of_scores_with_terms_in_a_fixed_order():
+    inputs = inputs_of(heads=4, kv_heads=2, queries=150, keys=210, head_dim=128)
+    options = {"causal": True, "softcap": 4.0, "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.0])}
+    check_order(inputs, options)
+    check(inputs, **options, deterministic=True)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_sums_of_packed_sequences_in_a_fixed_order(head_dim):
+    inputs, bounds = packed_inputs(head_dim)
     named = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), bounds, strict=True))
     for options in ({}, {"causal": True}, {"window": (50, 9)}):
         check_order(inputs, named | options, function=fa.attention_varlen)
@@ -369,15 +388,19 @@ def results(inputs, dout, options):
 
 
 # Which of 300 keys each of 200 queries sees. (Window and corner count from the last of both.)
+ALIBI = {"alibi_slopes": torch.tensor([0.1])}
 SEEN = {
     "causal": ({"causal": "top_left"}, lambda i, j: j <= i),
     "window": ({"window": (40, 25)}, lambda i, j: (i + 100 - 40 <= j) & (j <= i + 100 + 25)),
+    "alibi": ({"causal": "top_left"} | ALIBI, lambda i, j: j <= i),
+    "mask": ({"mask": torch.ones(200, 300).tril(20).bool()}, lambda i, j: j <= i + 20),
 }
+SEEN_AT = [*((how, dim) for how in ("causal", "window") for dim in (64, 128, 256))]
+SEEN_AT += [("alibi", 64), ("alibi", 256), ("mask", 128)]
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("poison", POISONS)
-@pytest.mark.parametrize("how", SEEN)
+@pytest.mark.parametrize("how, head_dim", SEEN_AT)
 @pytest.mark.parametrize("poisoned", ["query", "key", "value", "dout"])
 def test_poison_reaches_only_those_who_see_it(head_dim, poison, how, poisoned):
     """Of a row in the middle of a tile, which some rows of other tiles see and others do not."""

@@ -61,10 +61,10 @@ int64_t sums_of_dquery(const AttentionParams& p) {
   return p.heads_q * padded_rows(p) * head_dim_of(p);
 }
 
-// Of warps, 16 rows of 64 columns each; and before them, how many blocks have begun.
+// Of 16 rows two, of one warp each (see DqTurns); and before them, how many blocks have begun.
 int64_t turns_of_dquery(const AttentionGradParams& g) {
   const AttentionParams& p = g.forward;
-  return g.deterministic ? 1 + p.heads_q * padded_rows(p) / 16 * ceil_div(head_dim_of(p), 64) : 0;
+  return g.deterministic ? 1 + p.heads_q * padded_rows(p) / 16 * 2 : 0;
 }
 
 // Of both, which are zero at first.

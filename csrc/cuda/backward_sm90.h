@@ -24,8 +24,9 @@ const char* backward_sm90_obstacle(const AttentionGradParams& gradient, const De
 // without `tiles`.
 cudaError_t run_flash_bwd_sm90(BackwardParams params, cudaStream_t stream);
 
-// kHeadDim: 64, 96, 128; `params` whole.
-template <typename T, int kHeadDim>
+// `params` whole. kHeadDim, kHeadDimV: without terms of scores 64, 96, 128, 192 and 128, 192, 256;
+// with them the same but for 192.
+template <typename T, int kHeadDim, int kHeadDimV, bool kTerms>
 cudaError_t launch_flash_bwd_sm90(const BackwardParamsSm90& params, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

@@ -17,11 +17,11 @@ FA_DEVICE uint32_t key_tile_of_block(const BackwardParams& params) {
   return nth / tiles * tiles + (tiles - 1 - nth % tiles);
 }
 
-// The turn of a warp's part of the sums, 16 rows of a panel of columns. It counts up from 0.
-template <int kHeadDim>
-FA_DEVICE int64_t dq_turn(int64_t row, int column_panel) {
-  constexpr int kPanels = (kHeadDim + 63) / 64;
-  return row / 16 * kPanels + column_panel;
+// The turn of 16 rows of the sums; two warps share them, each of which has other columns. It counts
+// up from 0.
+constexpr int kDqShares = 2;
+FA_DEVICE int64_t dq_turn(int64_t row, int share) {
+  return row / 16 * kDqShares + share;
 }
 
 // What a tile of keys knows of the order, in shared memory.

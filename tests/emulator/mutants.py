@@ -33,8 +33,14 @@ VOTES = {"sync_block_or": "barrier", "sync_named_or": "barrier", "any_in_warp": 
 # Expressions (group 1), and what is there instead.
 REPLACED = [
     # A tile of which some keys are hidden is taken for one that needs no mask.
-    ("mask", r"\bif \((is_interior\((?:[^()]|\([^()]*\))*\))\)", "true"),
+    (
+        "mask",
+        r"\bif \(((?:this->)?(?:is_interior|needs_no_mask)\((?:[^()]|\([^()]*\))*\))\)",
+        "true",
+    ),
     ("mask", r"\bif \((p\.(?:bias|alibi_slopes|mask)\.data != nullptr|softcap != 0)\) \{", "false"),
+    ("mask", r"(p\.mask\.data != nullptr) \|\|", "false"),
+    ("mask", r"\|\| (p\.bias\.data != nullptr)", "false"),
     ("mask", r"= (\w+) \? \w+ : -infinity\(", "true"),
     ("mask", r"(plan\.first_interior <= block)\b", "true"),
     ("mask", r"\b(block < (?:plan\.)?last_interior)\b", "true"),
@@ -58,8 +64,8 @@ REPLACED = [
     # What is for some rows, lanes or loads is done for all; a product adds to what was there.
     ("guard", r"\bif \((i < plan\.seq\.rows_q)\)", "true"),
     ("guard", r"\bif \((ptx::lane_id\(\) == 0)\) ptx::mbarrier_arrive", "true"),
-    ("guard", r"\bif \((lane == 0) && count > 0\)", "true"),
-    ("guard", r"&& (count > 0)\)", "true"),
+    ("guard", r"\bif \((lane == 0) && rows\.count > 0\)", "true"),
+    ("guard", r"&& (rows\.count > 0)\)", "true"),
     ("guard", r"\bif \((!is_needed)\)", "false"),
     ("guard", r"\bif \((before\.has\(block\))\)", "true"),
     ("guard", r", (k > 0),", "true"),
@@ -133,7 +139,7 @@ def replace(kind: str, code: str, begin: int, end: int, by: str) -> Edit:
 
 def statements(code: str, name: str) -> Iterator[tuple[int, int]]:
     """Where calls of a function are that are all of a statement."""
-    for found in re.finditer(rf"(?<![\w.:>]){name}\(", code):
+    for found in re.finditer(rf"(?<![\w.:>])(?:this->)?{name}\(", code):
         end = closing(code, found.end() - 1)
         before = code[: found.start()].rstrip()
         is_first = before[-1] in ";{})" or before.endswith("else")

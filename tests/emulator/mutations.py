@@ -91,7 +91,7 @@ EQUIVALENT = {
         ),
         "the next part waits for these products too; the wait is there for the compiler",
     ),
-    "flash_bwd_sm90 add_to_sums: true for count > 0": (
+    "backward_sm90 add_to_sums: true for rows.count > 0": (
         "rows that take no part have dS of 0; the guard keeps these zeros from memory of others, "
         "and of no sums at all behind the last"
     ),
@@ -100,11 +100,14 @@ EQUIVALENT = {
         "a product all the same, as the part of dQ before has used them"
     ),
     **{
-        f"{kernel} {kernel}: without ptx::more_registers<Config::kConsumerRegisters>()": (
+        f"{file} {kernel}: without ptx::more_registers<Config::kConsumerRegisters>()": (
             "the emulation has registers enough: a kernel that lacks them spills, which is checked "
             "where it is compiled"
         )
-        for kernel in ("flash_bwd_sm90", "flash_fwd_sm90")
+        for file, kernel in (
+            ("backward_sm90", "flash_bwd_sm90"),
+            ("flash_fwd_sm90", "flash_fwd_sm90"),
+        )
     },
 }
 
