@@ -394,9 +394,10 @@ SEEN = {
     "window": ({"window": (40, 25)}, lambda i, j: (i + 100 - 40 <= j) & (j <= i + 100 + 25)),
     "alibi": ({"causal": "top_left"} | ALIBI, lambda i, j: j <= i),
     "mask": ({"mask": torch.ones(200, 300).tril(20).bool()}, lambda i, j: j <= i + 20),
+    "bias": ({"bias": torch.full((200, 300), -math.inf).triu(21)}, lambda i, j: j <= i + 20),
 }
 SEEN_AT = [*((how, dim) for how in ("causal", "window") for dim in (64, 128, 256))]
-SEEN_AT += [("alibi", 64), ("alibi", 256), ("mask", 128)]
+SEEN_AT += [("alibi", 64), ("alibi", 256), ("mask", 128), ("bias", 64)]
 
 
 @pytest.mark.parametrize("poison", POISONS)

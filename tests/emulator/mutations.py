@@ -99,6 +99,13 @@ EQUIVALENT = {
         "nothing is in these registers that the emulation could see; PTX asks for the fence before "
         "a product all the same, as the part of dQ before has used them"
     ),
+    "flash_bwd_roles_sm90 step: without ptx::sync_warp()": (
+        "the emulation takes the arrival of a warp at the named barrier before for an order of its "
+        "lanes; a GPU need not"
+    ),
+    "flash_bwd_roles_sm90 step: without shared.query_ring.wait_full(n) (2)": (
+        "who hands the weights over has waited for the same queries"
+    ),
     **{
         f"{file} {kernel}: without ptx::more_registers<Config::kConsumerRegisters>()": (
             "the emulation has registers enough: a kernel that lacks them spills, which is checked "
