@@ -216,7 +216,13 @@ def _backward(
     if len(said) > 1:
         _, arch, why_not_sm90, why_not_fused = said
         rejected["sm80" if arch == "sm90" else "sm90"] = why_not_sm90 or _ON_SM90
-        rejected |= {"fused": why_not_fused} if why_not_fused else {"in order": _NOT_IN_ORDER}
+        if why_not_fused:
+            rejected["fused"] = why_not_fused
+        else:
+            remedy = "; deterministic=True asks for it" if arch == "sm80" else ""
+            rejected["in order"] = "it computes the scores twice" + remedy
+    if schedule == "fused" and options["deterministic"]:
+        schedule = "fused in order"
     reasons = [f"schedule {schedule}: {_BACKWARD[schedule]}"]
     if len(said) > 1 and options["bias"] is not None:
         reasons.append("the gradient of bias, if asked for: a kernel of sm80 of its own")
@@ -226,9 +232,9 @@ def _backward(
 _ON_SM90 = "the GPU has instructions that the kernel of sm90 is written for"
 _BACKWARD = {
     "fused": "one kernel for all gradients adds those of query up by atomics, in no fixed order",
+    "fused in order": "one kernel for all gradients; tiles of keys add to those of query in turn",
     "in order": "each gradient is added up in one order: equal calls give equal bits",
 }
-_NOT_IN_ORDER = "it computes the scores twice; deterministic=True asks for it"
 
 # Each schedule: when it runs, and why each other one does not.
 _Schedules = Mapping[str, tuple[str, Mapping[str, str]]]

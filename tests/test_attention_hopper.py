@@ -12,8 +12,15 @@ from attention_options import with_features
 
 import fastattn
 import fastattn.functional as fa
-from fastattn import reference
-from fastattn.testing import attention_inputs, check_attention, randn, restride
+from fastattn import _C, reference
+from fastattn.support import cuda_level
+from fastattn.testing import (
+    attention_inputs,
+    check_attention,
+    randn,
+    restride,
+    running_on,
+)
 
 BF16, F16 = torch.bfloat16, torch.float16
 DTYPES = (BF16, F16)
@@ -120,6 +127,14 @@ def test_terms_of_scores(dtype, head_dim):
     check(inputs, **options)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+def test_terms_that_hide_nothing(head_dim):
+    """Of tiles that all see."""
+    inputs = inputs_of(queries=150, keys=140, head_dim=head_dim)
+    check(inputs, softcap=3.0)
+    check(inputs, softcap=2.0, alibi_slopes=torch.tensor([0.3, 0.01]))
+
+
 # ---- Places in memory ---------------------------------------------------------------------------
 
 
@@ -177,13 +192,10 @@ def test_explain_says_what_else_runs_on_other_kernels(why):
     assert "/sm90/" not in about.kernel and about.rejected["sm90"].startswith(why)
 
 
-# What keeps the gradients from the kernel of Hopper.
+# What keeps the gradients from the kernels of Hopper.
 OTHER_BACKWARDS = {
     "float32": ({"dtype": torch.float32}, {}),
-    "deterministic": ({}, {"deterministic": True}),
     "batch_invariant": ({}, {"batch_invariant": True}),
-    "scores with a bias": ({}, {"softcap": 3.0}),
-    "a head_dim beyond": ({"head_dim": 256}, {}),
     "no gradient of query": ({}, {}),
 }
 
@@ -206,6 +218,16 @@ def test_explain_tells_of_gradients_that_are_asked_for():
     assert fastattn.explain(**inputs).backward.kernel.endswith("/sm90/fused")
     with torch.no_grad():
         assert fastattn.explain(**inputs).backward is None
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("options", [{}, {"deterministic": True}, {"softcap": 3.0}], ids=str)
+def test_gradients_run_on_kernels_of_hopper(head_dim, options):
+    inputs = inputs_of(queries=100, head_dim=head_dim)
+    for x in inputs.values():
+        x.requires_grad_()
+    schedule = "fused in order" if "deterministic" in options else "fused"
+    assert fastattn.explain(**inputs, **options).backward.kernel.endswith(f"/sm90/{schedule}")
 
 
 # ---- Packed sequences ---------------------------------------------------------------------------
@@ -298,6 +320,95 @@ def test_poison_beyond_the_lengths_within_a_packed_buffer(head_dim):
             torch.testing.assert_close(x, want)
 
 
+# ---- Sums in a fixed order ----------------------------------------------------------------------
+
+ORDERED = {
+    "all": ({"queries": 200, "keys": 600}, {}),
+    "causal": ({"queries": 500, "keys": 500}, {"causal": True}),
+    "no multiples of tiles": ({"queries": 333, "keys": 401}, {"causal": True}),
+    "more queries than keys": ({"queries": 400, "keys": 260}, {"causal": True}),
+    "window": ({"queries": 300, "keys": 600}, {"window": (200, 40)}),
+    "narrow window": ({"queries": 420, "keys": 420}, {"window": (3, 0)}),
+    "keys that nobody sees": ({"queries": 150, "keys": 520}, {"causal": "top_left"}),
+    "lengths": (
+        {"batch": (3,), "queries": 300, "keys": 420},
+        {
+            "query_lengths": torch.tensor([300, 0, 130]),
+            "key_lengths": torch.tensor([129, 420, 400]),
+            "causal": True,
+        },
+    ),
+    "heads of two groups": ({"heads": 6, "kv_heads": 2, "queries": 260, "keys": 300}, {}),
+}
+
+
+ORDERED_CASES = [
+    *((name, 128) for name in ORDERED),
+    *(("causal", 64), ("window", 96), ("no multiples of tiles", 192), ("lengths", 256)),
+]
+
+
+def gradients(inputs, options, *, function=fa.attention, seed=1):
+    """Of query, key and value, with blocks and threads in an order of their own."""
+    if _C.emulated_levels:
+        _C.set_emulator_seed(seed)
+    leaves = [x.clone().requires_grad_() for x in inputs.values()]
+    out = function(**dict(zip(inputs, leaves, strict=True)), **options)
+    dout = randn(*out.shape, seed=9, dtype=out.dtype)
+    return torch.autograd.grad(out, leaves, dout)
+
+
+def check_order(inputs, options, **more):
+    """The bits are always the same, and but for dQ those of sums in any order: it is the same
+    kernel."""
+    free = gradients(inputs, options, **more)
+    first, *others = (
+        gradients(inputs, options | {"deterministic": True}, seed=s, **more) for s in (1, 2, 3)
+    )
+    for other in others:
+        assert all(torch.equal(x, y) for x, y in zip(first, other, strict=True))
+    assert torch.equal(first[1], free[1]) and torch.equal(first[2], free[2])
+
+
+@pytest.mark.parametrize("name, head_dim", ORDERED_CASES)
+def test_sums_in_a_fixed_order(name, head_dim):
+    """Over many tiles of keys; of which not all meet all queries."""
+    shape, options = ORDERED[name]
+    inputs = inputs_of(**shape, head_dim=head_dim)
+    check_order(inputs, options)
+    check(inputs, **options, deterministic=True)
+
+
+def test_sums_of_scores_with_terms_in_a_fixed_order():
+    inputs = inputs_of(heads=4, kv_heads=2, queries=150, keys=210, head_dim=128)
+    options = {"causal": True, "softcap": 4.0, "alibi_slopes": torch.tensor([0.1, 0.2, 0.3, 0.0])}
+    check_order(inputs, options)
+    check(inputs, **options, deterministic=True)
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_sums_of_packed_sequences_in_a_fixed_order(head_dim):
+    inputs, bounds = packed_inputs(head_dim)
+    named = dict(zip(("cu_seqlens_q", "cu_seqlens_k"), bounds, strict=True))
+    for options in ({}, {"causal": True}, {"window": (50, 9)}):
+        check_order(inputs, named | options, function=fa.attention_varlen)
+        check_packed(inputs, bounds, **options, deterministic=True)
+
+
+@pytest.mark.parametrize("poison", POISONS)
+def test_poison_and_a_fixed_order(poison):
+    """Of a key that most queries do not see: they get what they get without it."""
+    inputs = inputs_of(heads=1, queries=200, keys=300, head_dim=64)
+    options = {"window": (40, 25), "deterministic": True}
+    clean = gradients(inputs, options)
+    inputs["key"][:, :, 130] = poison
+    got = gradients(inputs, options)
+    unseeing = torch.ones(200, dtype=torch.bool)
+    unseeing[5:71] = False  # query i stands at key i + 100
+    assert torch.equal(got[0][:, :, unseeing], clean[0][:, :, unseeing])
+    assert not got[0][:, :, 30].isfinite().any()
+
+
 # ---- What hidden rows hold ----------------------------------------------------------------------
 
 
@@ -311,15 +422,20 @@ def results(inputs, dout, options):
 
 
 # Which of 300 keys each of 200 queries sees. (Window and corner count from the last of both.)
+ALIBI = {"alibi_slopes": torch.tensor([0.1])}
 SEEN = {
     "causal": ({"causal": "top_left"}, lambda i, j: j <= i),
     "window": ({"window": (40, 25)}, lambda i, j: (i + 100 - 40 <= j) & (j <= i + 100 + 25)),
+    "alibi": ({"causal": "top_left"} | ALIBI, lambda i, j: j <= i),
+    "mask": ({"mask": torch.ones(200, 300).tril(20).bool()}, lambda i, j: j <= i + 20),
+    "bias": ({"bias": torch.full((200, 300), -math.inf).triu(21)}, lambda i, j: j <= i + 20),
 }
+SEEN_AT = [*((how, dim) for how in ("causal", "window") for dim in (64, 128, 256))]
+SEEN_AT += [("alibi", 64), ("alibi", 256), ("mask", 128), ("bias", 64)]
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("poison", POISONS)
-@pytest.mark.parametrize("how", SEEN)
+@pytest.mark.parametrize("how, head_dim", SEEN_AT)
 @pytest.mark.parametrize("poisoned", ["query", "key", "value", "dout"])
 def test_poison_reaches_only_those_who_see_it(head_dim, poison, how, poisoned):
     """Of a row in the middle of a tile, which some rows of other tiles see and others do not."""

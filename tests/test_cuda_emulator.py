@@ -66,6 +66,7 @@ DEFECTS = {
 }
 UNFENCED = r"asynchronously 16 bytes .* which thread \d+ has stored without a fence_async_proxy"
 TO_READ = "which a pending copy or product is to read"
+UNORDERED_SUM = "race: adds to global memory after another sum there, unordered"
 BEFORE_FENCE = "wgmma without a wgmma_fence since registers were last free"
 SM90_DEFECTS = {
     "sm_90a on sm_80": "an instruction of sm_90a on a device of sm_80",
@@ -104,6 +105,9 @@ SM90_DEFECTS = {
     "store without a barrier": f"{RACE}|{TO_READ}",
     "store overwritten": f"writes 4 bytes .*{TO_READ}",
     "store not waited for": "ends with a store from shared memory not waited for",
+    "sum out of turn": UNORDERED_SUM,
+    "turn passed on too early": UNORDERED_SUM,
+    "turn that nobody passes on": "deadlock: await_global for 1 at a number that is 0",
     "product without a fence": BEFORE_FENCE,
     "product without another fence": BEFORE_FENCE,
     "accumulator after the fence": "wgmma of an accumulator that was written since wgmma_fence",
@@ -128,7 +132,7 @@ RIGHT = {
     *("product of bf16", "product of f16", "host threads", "numbers"),
     *("product K x K", "product K x MN", "product MN x K", "product MN x MN"),
     *("product registers x K", "product registers x MN", "boxes", "conversation"),
-    *("accumulators are NaN before the wait", "wrong boxes are refused"),
+    *("accumulators are NaN before the wait", "wrong boxes are refused", "turns in order"),
 }
 
 

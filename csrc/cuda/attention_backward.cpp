@@ -66,11 +66,23 @@ int64_t sums_of_dquery(const AttentionParams& p) {
   return p.heads_q * padded_rows(p) * head_dim_of(p);
 }
 
+// Of 16 rows two, of one warp each (see DqTurns); and before them, how many blocks have begun.
+int64_t turns_of_dquery(const AttentionGradParams& g) {
+  const AttentionParams& p = g.forward;
+  return g.deterministic ? 1 + p.heads_q * padded_rows(p) / 16 * 2 : 0;
+}
+
+// Of both, which are zero at first.
+size_t bytes_of_sums(const AttentionGradParams& g) {
+  return static_cast<size_t>(sums_of_dquery(g.forward)) * sizeof(float) +
+         static_cast<size_t>(turns_of_dquery(g)) * sizeof(uint32_t);
+}
+
 // Which kernels compute dK, dV and dQ.
 enum class Way {
   kInOrder,  // one for dK and dV, one for dQ
-  kFused,    // one that adds dQ to sums
-  kSm90      // the same, that of Hopper
+  kFused,    // one that adds dQ to sums, in no order
+  kSm90      // that of Hopper, in an order if need be
 };
 
 Way way_of(const AttentionGradParams& g, const DeviceLimits& limits) {
@@ -97,7 +109,12 @@ BackwardParams backward_params(const AttentionGradParams& g, Way way, void* work
   params.row_lse = static_cast<float*>(workspace);
   params.delta = params.row_lse + stats_rows(p);
   params.padded_rows = padded_rows(p);
-  params.dquery_sums = way != Way::kInOrder ? params.delta + stats_rows(p) : nullptr;
+  if (way == Way::kInOrder) return params;
+  params.dquery_sums = params.delta + stats_rows(p);
+  if (g.deterministic) {
+    params.begun = reinterpret_cast<uint32_t*>(params.dquery_sums + sums_of_dquery(p));
+    params.dquery_turns = params.begun + 1;
+  }
   return params;
 }
 
@@ -122,7 +139,7 @@ cudaError_t clear_unused_rows(const AttentionGradParams& g, cudaStream_t stream)
 
 template <typename T, int kHeadDim>
 cudaError_t run_with_sums(const BackwardParams& params, Way way, cudaStream_t stream) {
-  const size_t bytes = static_cast<size_t>(sums_of_dquery(params.gradient.forward)) * sizeof(float);
+  const size_t bytes = bytes_of_sums(params.gradient);
   cudaError_t error = cudaMemsetAsync(params.dquery_sums, 0, bytes, stream);
   if (error != cudaSuccess) return error;
   error = way == Way::kSm90 ? run_flash_bwd_sm90(params, stream)
@@ -173,9 +190,8 @@ cudaError_t run_backward(const BackwardParams& params, Way way, cudaStream_t str
 size_t attention_backward_workspace(const AttentionGradParams& g, const Place& place) {
   DeviceLimits limits = {};
   if (device_limits(place.device, &limits) != cudaSuccess) return 0;  // the op will say why
-  const bool has_sums = way_of(g, limits) != Way::kInOrder;
-  const int64_t sums = has_sums ? sums_of_dquery(g.forward) : 0;
-  return static_cast<size_t>(2 * stats_rows(g.forward) + sums) * sizeof(float);
+  const size_t stats = static_cast<size_t>(2 * stats_rows(g.forward)) * sizeof(float);
+  return way_of(g, limits) == Way::kInOrder ? stats : stats + bytes_of_sums(g);
 }
 
 Status attention_backward(const AttentionGradParams& g, void* workspace, const Place& place) {

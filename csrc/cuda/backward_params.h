@@ -22,6 +22,9 @@ struct BackwardParams {
   // (heads_q, padded_rows, head_dim of the kernel) in the order of dq_fragment(), zero at first:
   // where the kernel for dK and dV adds dQ / scale. Null where another kernel owns dQ.
   float* dquery_sums;
+  // Where these sums have a fixed order, else null; zero at first. How many blocks have begun, and
+  // of each part of the sums that a warp adds to, whose turn it is; see DqTurns.
+  uint32_t *begun, *dquery_turns;
 };
 
 // The rows of every sequence begin at a multiple of this: those of an accumulator belong to one.

@@ -17,15 +17,16 @@ struct BackwardParamsSm90 {
   TensorMap query_map, dout_map, key_map, value_map;
 };
 
-// Why the kernel for dK, dV and dQ does not take a problem, or nullptr where it does. Its sums of
-// dQ have no fixed order.
+// Why the kernel for dK, dV and dQ does not take a problem, or nullptr where it does.
 const char* backward_sm90_obstacle(const AttentionGradParams& gradient, const DeviceLimits& limits);
 
-// dK, dV and, into zeroed dquery_sums, dQ; `params` without `tiles`.
+// dK, dV and, into zeroed dquery_sums, dQ, in a fixed order by way of zeroed dquery_turns; `params`
+// without `tiles`.
 cudaError_t run_flash_bwd_sm90(BackwardParams params, cudaStream_t stream);
 
-// kHeadDim: 64, 96, 128; `params` whole.
-template <typename T, int kHeadDim>
+// `params` whole. kHeadDim, kHeadDimV: without terms of scores 64, 96, 128, 192 and 128, 192, 256;
+// with them the same but for 192.
+template <typename T, int kHeadDim, int kHeadDimV, bool kTerms>
 cudaError_t launch_flash_bwd_sm90(const BackwardParamsSm90& params, cudaStream_t stream);
 
 }  // namespace fastattn::cuda

@@ -41,17 +41,21 @@ constexpr DkDvTile dkdvdq_tile(int head_dim, bool has_terms) {
   return tile;
 }
 
-// Of the kernel of Hopper, whose two warpgroups have 64 keys each: queries of a step. Of the 240
-// registers of a thread dK and dV take head_dim, scores and dP as many as there are queries.
+// Of the kernels of Hopper: keys, and queries of a step.
 struct BackwardTileSm90 {
-  int queries;
+  int keys, queries;
 };
 
-constexpr int kBackwardKeysSm90 = 128;
-constexpr int kMaxHeadDimBackwardSm90 = 128;  // beyond, dK and dV fill the registers
+// Whether its warpgroups have a role each (flash_bwd_roles_sm90.cuh). With 64 keys each, dK and dV
+// take head_dim of the 240 registers of a thread, scores and dP 64: beyond 128 that is too much,
+// and terms of scores make it too much at 64 already.
+constexpr bool has_roles_sm90(int head_dim, bool has_terms) {
+  return head_dim > 128 || has_terms;
+}
 
-constexpr BackwardTileSm90 backward_tile_sm90(int head_dim) {
-  return {head_dim > 64 ? 64 : 128};
+constexpr BackwardTileSm90 backward_tile_sm90(int head_dim, bool has_terms) {
+  if (has_roles_sm90(head_dim, has_terms)) return {64, 64};
+  return {128, head_dim > 64 ? 64 : 128};
 }
 
 // Of the gradients of queries: warps, 16-query tiles of a warp, keys of a step, steps in shared

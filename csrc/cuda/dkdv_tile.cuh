@@ -6,38 +6,53 @@
 
 namespace fastattn::cuda {
 
+// Tiles of queries of which some see some of the keys of a tile.
+struct QueryBlocks {
+  int first = 0, last = 0;
+
+  FA_DEVICE QueryBlocks() = default;
+  FA_DEVICE QueryBlocks(const AttentionParams& p, const Sequence& seq, int64_t first_key, int keys,
+                        int queries) {
+    const Range tile = {first_key, min_of(first_key + keys, seq.len_k)};
+    if (is_empty(tile)) return;
+    const Range rows = intersect(rows_seeing_any(p, seq, tile), {0, seq.len_q});
+    if (is_empty(rows)) return;
+    first = static_cast<int>(rows.first / queries);
+    last = static_cast<int>(ceil_div(rows.last, queries));
+  }
+
+  FA_DEVICE bool has(int block) const {
+    return first <= block && block < last;
+  }
+};
+
 // Which part of the problem a block has, in shared memory.
 struct DkDvPlan {
   Sequence seq;
   int64_t head_kv, first_head, first_key;
-  int group;                          // heads that share these keys
-  int first_block, last_block;        // tiles of queries of which some see some of the keys
+  int group;  // heads that share these keys
+  QueryBlocks blocks;
   int first_interior, last_interior;  // of these, those of which all see all
 
-  FA_DEVICE DkDvPlan(const BackwardParams& params, int keys, int queries) {
+  // `tile`: of keys, of all heads and sequences one after the other.
+  FA_DEVICE DkDvPlan(const BackwardParams& params, uint32_t tile, int keys, int queries) {
     const AttentionParams& p = params.gradient.forward;
     // Divisions are of 32 bits: those of 64 are calls.
-    const uint32_t nth = blockIdx.x % params.tiles, index = blockIdx.x / params.tiles;
+    const uint32_t nth = tile % params.tiles, index = tile / params.tiles;
     const uint32_t heads = static_cast<uint32_t>(p.heads_kv);
     head_kv = index % heads;
     seq = sequence_at(p, index / heads);
     group = static_cast<int>(static_cast<uint32_t>(p.heads_q) / heads);
     first_head = head_kv * group;
     first_key = static_cast<int64_t>(nth) * keys;
-    first_block = last_block = first_interior = last_interior = 0;
-    const Range tile = {first_key, min_of(first_key + keys, seq.len_k)};
-    if (is_empty(tile)) return;
-    const Range any = intersect(rows_seeing_any(p, seq, tile), {0, seq.len_q});
+    blocks = QueryBlocks(p, seq, first_key, keys, queries);
     const Range all = rows_seeing_all(p, seq, {first_key, first_key + keys});
-    if (is_empty(any)) return;
-    first_block = static_cast<int>(any.first / queries);
-    last_block = static_cast<int>(ceil_div(any.last, queries));
     first_interior = static_cast<int>(ceil_div(max_of<int64_t>(all.first, 0), queries));
     last_interior = static_cast<int>(max_of<int64_t>(all.last, 0) / queries);
   }
 
   FA_DEVICE int steps() const {
-    return group * (last_block - first_block);
+    return group * (blocks.last - blocks.first);
   }
 
   struct Step {
@@ -45,9 +60,9 @@ struct DkDvPlan {
   };
   // Made from its number whenever it is needed: registers are for the tiles.
   FA_DEVICE Step step_of(int n) const {
-    const uint32_t width = static_cast<uint32_t>(last_block - first_block);
+    const uint32_t width = static_cast<uint32_t>(blocks.last - blocks.first);
     const int head = static_cast<int>(static_cast<uint32_t>(n) / width);
-    return {head, first_block + n - head * static_cast<int>(width)};
+    return {head, blocks.first + n - head * static_cast<int>(width)};
   }
 };
 

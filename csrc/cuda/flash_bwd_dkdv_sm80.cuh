@@ -67,12 +67,12 @@ class FlashDkDv {
         thread(static_cast<int>(threadIdx.x)) {}
 
   FA_DEVICE void run() {
-    if (thread == 0) shared.plan = DkDvPlan(params, kKeys, kQueries);
+    if (thread == 0) shared.plan = DkDvPlan(params, blockIdx.x, kKeys, kQueries);
     ptx::sync_block();
     if (plan.first_key >= seq.rows_k) return;
     if constexpr (Config::kDk) acc_dk.set_zero();
     if constexpr (Config::kDv) acc_dv.set_zero();
-    if (plan.first_block < plan.last_block) {
+    if (plan.steps() > 0) {
       load_kv_tile();
       load_q_tile(0);
       for (int n = 0; n < plan.steps(); ++n) {

@@ -10,28 +10,23 @@
 // memory in the order of the sums, and one bulk copy adds them there, while the warp goes on.
 #pragma once
 
-#include "backward_scores.cuh"
-#include "backward_sm90.h"
-#include "dkdv_tile.cuh"
-#include "dq_share.cuh"
-#include "ring.cuh"
-#include "wgmma_tile.cuh"
+#include "backward_sm90.cuh"
 
 namespace fastattn::cuda {
 
 template <typename TypeT, int kDim, BackwardTileSm90 kTile>
 struct BackwardConfigSm90 {
   using T = TypeT;
-  static constexpr int kHeadDim = kDim, kGroups = 2, kStages = 2;
+  static constexpr int kHeadDim = kDim, kSumsHeadDim = kDim, kGroups = 2, kStages = 2;
   static constexpr int kThreads = ptx::kWarpgroupSize * (1 + kGroups);
   static constexpr int kConsumers = ptx::kWarpgroupSize * kGroups;
-  static constexpr int kKeys = kBackwardKeysSm90, kQueries = kTile.queries;
+  static constexpr int kKeys = kTile.keys, kQueries = kTile.queries;
   static constexpr int kPart = 64;  // queries whose scores are in registers at a time
   static constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
   // dQ of a step is 64 x 64 a group: of 64 queries each has half of the columns, of 128 half of the
   // rows.
-  static constexpr int kDqColumns = 64;
-  static_assert(kQueries == 64 ? kHeadDim > 64 : kQueries == 128 && kHeadDim == 64);
+  static_assert(kKeys == 128 &&
+                (kQueries == 64 ? kHeadDim > 64 : kQueries == 128 && kHeadDim == 64));
 
   using KeyTile = PanelTile<T, kKeys, kHeadDim>;
   using QueryTile = PanelTile<T, kQueries, kHeadDim>;
@@ -40,12 +35,14 @@ struct BackwardConfigSm90 {
     alignas(1024) KeyTile value;
     alignas(1024) QueryTile query[kStages];
     alignas(1024) QueryTile dout[kStages];
-    alignas(1024) PanelTile<T, kKeys, kQueries> ds[2];    // transposed
-    alignas(128) float dq[4 * kGroups][16 * kDqColumns];  // of each warp
+    alignas(1024) PanelTile<T, kKeys, kQueries> ds[2];  // transposed
+    alignas(128) DqPart dq[4 * kGroups];                // of each warp
     alignas(128) float row_lse[kStages][kQueries], delta[kStages][kQueries];
     Ring<kStages> query_ring, dout_ring;
     ptx::Barrier keys_full;  // K and V
     DkDvPlan plan;
+    DqTurns turns;
+    int64_t turn[4 * kGroups];  // of each warp, that it has not passed on yet; or kNone
 
     FA_DEVICE void init() {
       query_ring.init(4 * kGroups);
@@ -54,84 +51,25 @@ struct BackwardConfigSm90 {
       ptx::mbarrier_fence_init();
     }
   };
+
+  static FA_DEVICE void consume(const BackwardParamsSm90& params, Shared& shared);
 };
 
-// The thread that loads.
+// It has 64 keys.
 template <typename Config>
-class BackwardProducer {
-  using Shared = typename Config::Shared;
-
- public:
-  FA_DEVICE BackwardProducer(const BackwardParamsSm90& given, Shared& memory)
-      : params(given), p(given.base.gradient.forward), shared(memory), plan(memory.plan) {}
-
-  FA_DEVICE void run() {
-    load_kv_tile();
-    for (int n = 0; n < plan.steps(); ++n) load_q_tile(n);
-  }
-
- private:
-  FA_DEVICE void load_kv_tile() {
-    const int row = static_cast<int>(plan.seq.first_k + plan.first_key);
-    const int head = static_cast<int>(plan.head_kv);
-    ptx::mbarrier_expect(&shared.keys_full, sizeof(shared.key) + sizeof(shared.value));
-    load_panels(shared.key, &params.key_map, p.cu_seqlens_k, row, head, plan.seq,
-                &shared.keys_full);
-    load_panels(shared.value, &params.value_map, p.cu_seqlens_k, row, head, plan.seq,
-                &shared.keys_full);
-  }
-
-  FA_DEVICE void load_q_tile(int n) {
-    load_query_rows(n, shared.query, shared.query_ring, &params.query_map, shared.row_lse,
-                    params.base.row_lse);
-    load_query_rows(n, shared.dout, shared.dout_ring, &params.dout_map, shared.delta,
-                    params.base.delta);
-  }
-
-  // A tile, and a number for each of its rows.
-  template <typename Tile, typename Numbers, int kStages>
-  FA_DEVICE void load_query_rows(int n, Tile (&tiles)[kStages], Ring<kStages>& ring,
-                                 const TensorMap* map, Numbers (&numbers)[kStages],
-                                 const float* of_rows) {
-    const DkDvPlan::Step at = plan.step_of(n);
-    const int64_t head = plan.first_head + at.head;
-    const int64_t first = static_cast<int64_t>(at.block) * Config::kQueries;
-    const int stage = n % kStages;
-    ring.wait_empty(n);
-    ptx::Barrier* barrier = ring.begin_fill(n, sizeof(Tile) + sizeof(Numbers));
-    load_panels(tiles[stage], map, p.cu_seqlens_q, static_cast<int>(head),
-                static_cast<int>(plan.seq.first_q + first), plan.seq, barrier);
-    ptx::bulk_load(numbers[stage], of_rows + padded_origin(params.base, plan.seq, head) + first,
-                   sizeof(Numbers), barrier);
-  }
-
-  const BackwardParamsSm90& params;
-  const AttentionParams& p;
-  Shared& shared;
-  const DkDvPlan& plan;
-};
-
-// A warpgroup that computes: it has 64 keys.
-template <typename Config>
-class BackwardConsumer {
-  using T = typename Config::T;
-  using Shared = typename Config::Shared;
-  static constexpr int kQueries = Config::kQueries, kStages = Config::kStages,
-                       kPart = Config::kPart, kN = kPart / 8;
-  static constexpr int kThreads = Config::kConsumers;
+class BackwardKeys : BackwardConsumer<Config> {
+  using Base = BackwardConsumer<Config>;
+  using Base::kQueries, Base::group;
+  using Base::params, Base::p, Base::shared, Base::plan, Base::warp;
+  using typename Base::Shared, typename Base::T, typename Base::PartOfDq;
+  static constexpr int kStages = Config::kStages, kPart = Config::kPart, kN = kPart / 8;
   using Scores = BackwardScores<true, false, 1, kN>;
   using Tile = Accumulator<1, kN>;
   using Gradient = Accumulator<1, kWholePanels<Config::kHeadDim> / 8>;
   using Operand = LeftOperand<T, 1, kN>;
-  using PartOfDq = Accumulator<1, Config::kDqColumns / 8>;
 
  public:
-  FA_DEVICE BackwardConsumer(const BackwardParamsSm90& given, Shared& memory)
-      : params(given.base),
-        p(given.base.gradient.forward),
-        shared(memory),
-        plan(memory.plan),
-        warp(ptx::shuffle(thread() / ptx::kWarpSize, 0)) {}
+  FA_DEVICE BackwardKeys(const BackwardParamsSm90& given, Shared& memory) : Base(given, memory) {}
 
   FA_DEVICE void run() {
     acc_dk.set_zero();
@@ -140,13 +78,13 @@ class BackwardConsumer {
     const int steps = plan.steps();
 #pragma unroll 1
     for (int n = 0; n < steps; ++n) {
-      if (is_interior(plan.step_of(n).block)) {
+      if (this->is_interior(plan.step_of(n).block)) {
         step<false>(n);
       } else {
         step<true>(n);
       }
     }
-    if (ptx::lane_id() == 0) ptx::bulk_wait<0>();
+    if (ptx::lane_id() == 0) this->end_turn();
     const AttentionGradParams& g = params.gradient;
     store_key_rows<T>(acc_dk, plan, warp_row(), g.dkey, params.has_paired_dkey, p.head_dim,
                       params.scale);
@@ -155,19 +93,8 @@ class BackwardConsumer {
   }
 
  private:
-  // Made whenever they are needed: registers are for the tiles.
-  static FA_DEVICE int thread() {
-    return static_cast<int>(threadIdx.x) - ptx::kWarpgroupSize;
-  }
-  FA_DEVICE int group() const {
-    return warp / 4;
-  }
   FA_DEVICE int warp_row() const {
     return 16 * warp;
-  }
-
-  FA_DEVICE bool is_interior(int block) const {
-    return plan.first_interior <= block && block < plan.last_interior;
   }
 
   template <bool kMasked>
@@ -175,7 +102,9 @@ class BackwardConsumer {
     shared.query_ring.wait_full(n);
     shared.dout_ring.wait_full(n);
     bool may_leak = false;  // did Q or dO hold what must not reach keys that they do not see?
-    if constexpr (kMasked) may_leak = stop_leaks(n % kStages);
+    if constexpr (kMasked) {
+      may_leak = this->stop_leaks(shared.query[n % kStages], shared.dout[n % kStages]);
+    }
 #pragma unroll 1
     for (int first = 0; first < kQueries; first += kPart) {
       add_part<kMasked>(n, first, may_leak);
@@ -198,7 +127,7 @@ class BackwardConsumer {
     Tile ds;
     begin_multiply_rows<Config::kHeadDim>(ds, shared.value, 64 * group(), dout, first);
     wait_for<1>(scores.weights);
-    if constexpr (kMasked) scores.mask_tile(place_of(n, first));
+    if constexpr (kMasked) scores.mask_tile(this->place_of(n, first, warp_row()));
     scores.template recompute_p<kMasked>(params.unit, row_lse);
     if (kMasked && may_leak) spread_nonfinite(scores.weights, delta);
     const Operand weights(scores.weights);
@@ -216,11 +145,9 @@ class BackwardConsumer {
       wait_for<0>(acc_dk);
       ptx::wgmma_hold(acc_dv.x[0]);
     } else {
-      add_dq(n, share_ds<kMasked>());
+      add_dq(n, this->template share_ds<kMasked>());
     }
   }
-
-  // ---- dQ ---------------------------------------------------------------------------------------
 
   // The part of a group: rows of a panel of dS, columns of a panel of K.
   FA_DEVICE int dq_row_panel() const {
@@ -228,19 +155,6 @@ class BackwardConsumer {
   }
   FA_DEVICE int dq_column_panel() const {
     return kQueries == 64 ? group() : 0;
-  }
-
-  // Waits until dS of both groups is there. Whether K holds what must not reach rows of dQ that do
-  // not see it.
-  template <bool kMasked>
-  FA_DEVICE bool share_ds() {
-    if constexpr (kMasked) {
-      return ptx::sync_named_or(kAllConsumers, kThreads,
-                                share_is_nonfinite<kThreads>(shared.key, thread()));
-    } else {
-      ptx::sync_named(kAllConsumers, kThreads);
-      return false;
-    }
   }
 
   FA_DEVICE void add_dq(int n, bool key_leaks) {
@@ -256,10 +170,9 @@ class BackwardConsumer {
       release<1>(n);
       wait_for<0>(acc);
     }
-    const DkDvPlan::Step at = plan.step_of(n);
-    const int64_t first = static_cast<int64_t>(at.block) * kQueries + row;
-    const int64_t origin = padded_origin(params, plan.seq, plan.first_head + at.head);
-    add_to_sums(acc, origin + first, plan.seq.len_q - first);
+    const auto rows = this->dq_rows(n, row);
+    this->begin_turn(rows, dq_column_panel());
+    this->add_to_sums(acc, rows, dq_column_panel());
   }
 
   // Q and dO are used up when dK and dV are done, the newest products but kPending.
@@ -271,85 +184,13 @@ class BackwardConsumer {
     shared.query_ring.release(n);
   }
 
-  // Adds a warp's part to the sums: 16 rows from `row` on, of which `count` take part.
-  FA_DEVICE void add_to_sums(const PartOfDq& acc, int64_t row, int64_t count) {
-    float* staged = shared.dq[warp];
-    const int lane = ptx::lane_id();
-    if (lane == 0) ptx::bulk_wait_read<0>();
-    ptx::sync_warp();  // what it held has been added
-#pragma unroll
-    for (int n = 0; n < PartOfDq::kN; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        ptx::store_shared(staged + 128 * n + 32 * e + lane, acc.x[0][n][e]);
-      }
-    }
-    ptx::fence_async_proxy();
-    ptx::sync_warp();
-    const int column = kPanelElements * dq_column_panel();
-    const int columns = min_of(Config::kDqColumns, Config::kHeadDim - column);
-    // Rows of which none takes part may be another sequence's.
-    if (lane == 0 && count > 0) {
-      ptx::bulk_add(dq_fragment<Config::kHeadDim>(params.dquery_sums, row, column), staged,
-                    columns / 8 * 128 * static_cast<int>(sizeof(float)));
-      ptx::bulk_commit();
-    }
-  }
-
-  // ---- What must not reach those who do not see it ----------------------------------------------
-
-  enum { kAllConsumers = 1 };  // named barriers
-
-  // Infinities and NaN of Q and dO become 0: who saw them has them in the query's lse, or delta.
-  FA_DEVICE bool stop_leaks(int stage) {
-    auto &query = shared.query[stage], &dout = shared.dout[stage];
-    const bool found = ptx::sync_named_or(kAllConsumers, kThreads,
-                                          share_is_nonfinite<kThreads>(query, thread()) ||
-                                              share_is_nonfinite<kThreads>(dout, thread()));
-    if (found) {
-      clear_nonfinite<kThreads>(query, thread());
-      clear_nonfinite<kThreads>(dout, thread());
-      ptx::fence_async_proxy();
-      ptx::sync_named(kAllConsumers, kThreads);
-    }
-    return found;
-  }
-
-  FA_DEVICE ScorePlace<true> place_of(int n, int first) const {
-    const DkDvPlan::Step at = plan.step_of(n);
-    return {params,
-            p,
-            plan.seq,
-            plan.first_head + at.head,
-            plan.first_key + warp_row(),
-            static_cast<int64_t>(at.block) * kQueries + first};
-  }
-
-  const BackwardParams& params;
-  const AttentionParams& p;
-  Shared& shared;
-  const DkDvPlan& plan;
-  const int warp;  // of those that compute; from one lane, so that the compiler knows it is uniform
   Gradient acc_dk, acc_dv;
 };
 
-template <typename Config>
-FA_KERNEL(Config::kThreads, 1)
-void flash_bwd_sm90(const __grid_constant__ BackwardParamsSm90 params) {
-  auto& shared = *static_cast<typename Config::Shared*>(ptx::shared_memory_1024());
-  if (threadIdx.x == 0) {
-    shared.init();
-    shared.plan = DkDvPlan(params.base, Config::kKeys, Config::kQueries);
-  }
-  ptx::sync_block();
-  if (shared.plan.first_key >= shared.plan.seq.rows_k) return;
-  if (threadIdx.x < ptx::kWarpgroupSize) {
-    ptx::fewer_registers<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) BackwardProducer<Config>(params, shared).run();
-  } else {
-    ptx::more_registers<Config::kConsumerRegisters>();
-    BackwardConsumer<Config>(params, shared).run();
-  }
+template <typename T, int kDim, BackwardTileSm90 kTile>
+FA_DEVICE void BackwardConfigSm90<T, kDim, kTile>::consume(const BackwardParamsSm90& params,
+                                                           Shared& shared) {
+  BackwardKeys<BackwardConfigSm90>(params, shared).run();
 }
 
 }  // namespace fastattn::cuda

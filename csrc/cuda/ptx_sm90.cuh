@@ -181,6 +181,46 @@ FA_DEVICE void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// ---- Blocks of a kernel
+// --------------------------------------------------------------------------
+
+// atom.global.add.u32: the number before.
+FA_DEVICE uint32_t fetch_add(uint32_t* global, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(__cvta_generic_to_global(global)), "r"(value)
+               : "memory");
+  return before;
+}
+
+// st.release.gpu: what this thread has done, and what of copies and sums it has waited for, is
+// visible to whoever finds this number.
+FA_DEVICE void release_global(uint32_t* global, uint32_t value) {
+  asm volatile("st.release.gpu.global.u32 [%0], %1;"
+               :
+               : "l"(__cvta_generic_to_global(global)), "r"(value)
+               : "memory");
+}
+
+// ld.acquire.gpu, until the number is not less than `least`; fence.proxy.async: for copies and sums
+// of this thread too.
+FA_DEVICE void await_global(const uint32_t* global, uint32_t least) {
+  asm volatile(
+      "{\n"
+      ".reg .u32 found;\n"
+      ".reg .pred waits;\n"
+      "again:\n"
+      "ld.acquire.gpu.global.u32 found, [%0];\n"
+      "setp.lt.u32 waits, found, %1;\n"
+      "@waits bra again;\n"
+      "fence.proxy.async.global;\n"
+      "}"
+      :
+      : "l"(__cvta_generic_to_global(global)), "r"(least)
+      : "memory");
+}
+
 // ---- Warps of a block ---------------------------------------------------------------------------
 
 // bar.sync: as sync_block, among `threads`, whole warps; `id` is 1 to 15 (sync_block has 0).

@@ -97,7 +97,7 @@ def attention(
         return_lse: return (out, lse).
         deterministic: equal calls give gradients of equal bits. None: what
             torch.use_deterministic_algorithms says. On the CPU they always do; on CUDA it takes
-            one kernel more.
+            time, most of it where one kernel more is needed (on Hopper it mostly is not).
         batch_invariant: the same row gives the same bits whatever else is in the batch and however
             the queries are split over calls.
 

@@ -15,7 +15,8 @@ LEFT_ALONE = ("ptx.cuh", "ptx_sm90.cuh", "device.cuh")
 # Statements that are left out: calls of these functions.
 LEFT_OUT = {
     "barrier": r"(?:ptx::(?:sync_(?:block|warp|named)|arrive_named|mbarrier_(?!init)\w+)"
-    r"|(?:shared\.)?\w*ring\.(?:wait_\w+|release)|(?:begin|end)_turns|(?:give|wait_for)_turn)",
+    r"|(?:shared\.)?\w*ring\.(?:wait_\w+|release)|(?:begin|end)_turns?|(?:give|wait_for)_turn"
+    r"|(?:shared\.)?turns\.(?:await|pass_on)|ptx::(?:await|release)_global)",
     "wait": r"(?:ptx::(?:cp_async|bulk|wgmma)_wait(?:_read)?|wait_for|release)<[^()]*>",
     "commit": r"ptx::(?:cp_async|bulk|wgmma)_commit",
     "fence": r"ptx::(?:fence_async_proxy|wgmma_fence)",
@@ -32,8 +33,14 @@ VOTES = {"sync_block_or": "barrier", "sync_named_or": "barrier", "any_in_warp": 
 # Expressions (group 1), and what is there instead.
 REPLACED = [
     # A tile of which some keys are hidden is taken for one that needs no mask.
-    ("mask", r"\bif \((is_interior\((?:[^()]|\([^()]*\))*\))\)", "true"),
+    (
+        "mask",
+        r"\bif \(((?:this->)?(?:is_interior|needs_no_mask)\((?:[^()]|\([^()]*\))*\))\)",
+        "true",
+    ),
     ("mask", r"\bif \((p\.(?:bias|alibi_slopes|mask)\.data != nullptr|softcap != 0)\) \{", "false"),
+    ("mask", r"(p\.mask\.data != nullptr) \|\|", "false"),
+    ("mask", r"\|\| (p\.bias\.data != nullptr)", "false"),
     ("mask", r"= (\w+) \? \w+ : -infinity\(", "true"),
     ("mask", r"(plan\.first_interior <= block)\b", "true"),
     ("mask", r"\b(block < (?:plan\.)?last_interior)\b", "true"),
@@ -59,9 +66,10 @@ REPLACED = [
     ("guard", r"\bif \((ptx::lane_id\(\) == 0)\) (?:\{|ptx::mbarrier_arrive)", "true"),
     ("guard", r"\bif \((first_row\(\) >= kKeys|!is_seen)\)", "false"),
     ("guard", r"\b(key < seq\.len_k) &&", "true"),
-    ("guard", r"\bif \((lane == 0) && count > 0\)", "true"),
-    ("guard", r"&& (count > 0)\)", "true"),
+    ("guard", r"\bif \((lane == 0) && (?:rows\.)?count > 0\)", "true"),
+    ("guard", r"&& ((?:rows\.)?count > 0)\)", "true"),
     ("guard", r"\bif \((!is_needed)\)", "false"),
+    ("guard", r"\bif \((before\.has\(block\))\)", "true"),
     ("guard", r", (k > 0),", "true"),
 ]
 # Expressions after a minus that becomes a plus.
@@ -133,7 +141,7 @@ def replace(kind: str, code: str, begin: int, end: int, by: str) -> Edit:
 
 def statements(code: str, name: str) -> Iterator[tuple[int, int]]:
     """Where calls of a function are that are all of a statement."""
-    for found in re.finditer(rf"(?<![\w.:>]){name}\(", code):
+    for found in re.finditer(rf"(?<![\w.:>])(?:this->)?{name}\(", code):
         end = closing(code, found.end() - 1)
         before = code[: found.start()].rstrip()
         is_first = before[-1] in ";{})" or before.endswith("else")

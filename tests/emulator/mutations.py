@@ -78,7 +78,7 @@ TESTS = {
     ],
 }
 WITHOUT = {"sm80": "torch.float16 or 4099", "sm90": "torch.float16 or torch.float32"}
-OF_HOPPER = ("ring.cuh", "wgmma_tile.cuh")
+OF_HOPPER = ("ring.cuh", "wgmma_tile.cuh", "dq_turns.cuh")
 
 # Mutants that compute what the kernels compute, each with the reason.
 EQUIVALENT = {
@@ -92,7 +92,7 @@ EQUIVALENT = {
         ),
         "the next part waits for these products too; the wait is there for the compiler",
     ),
-    "flash_bwd_sm90 add_to_sums: true for count > 0": (
+    "backward_sm90 add_to_sums: true for rows.count > 0": (
         "rows that take no part have dS of 0; the guard keeps these zeros from memory of others, "
         "and of no sums at all behind the last"
     ),
@@ -100,12 +100,22 @@ EQUIVALENT = {
         "nothing is in these registers that the emulation could see; PTX asks for the fence before "
         "a product all the same, as the part of dQ before has used them"
     ),
+    "flash_bwd_roles_sm90 step: without ptx::sync_warp()": (
+        "the emulation takes the arrival of a warp at the named barrier before for an order of its "
+        "lanes; a GPU need not"
+    ),
+    "flash_bwd_roles_sm90 step: without shared.query_ring.wait_full(n) (2)": (
+        "who hands the weights over has waited for the same queries"
+    ),
     **{
-        f"{kernel} {kernel}: without ptx::more_registers<Config::kConsumerRegisters>()": (
+        f"{file} {kernel}: without ptx::more_registers<Config::kConsumerRegisters>()": (
             "the emulation has registers enough: a kernel that lacks them spills, which is checked "
             "where it is compiled"
         )
-        for kernel in ("flash_bwd_sm90", "flash_fwd_sm90")
+        for file, kernel in (
+            ("backward_sm90", "flash_bwd_sm90"),
+            ("flash_fwd_sm90", "flash_fwd_sm90"),
+        )
     },
 }
 

@@ -23,6 +23,7 @@ LOCAL = ("LDL", "STL")
 LEAST_HIDDEN = {
     "flash_fwd_sm90<*, false>*": 0.5,
     "flash_fwd_sm90<*, true>*": 0.0,  # terms of scores take the registers
+    "flash_bwd_sm90<BackwardRolesSm90<*": 0.0,  # those of one role are hidden by the other's
     "flash_bwd_sm90<*": 0.25,  # behind the wait, others are hidden by the other group alone
 }
 

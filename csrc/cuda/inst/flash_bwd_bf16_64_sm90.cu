@@ -2,6 +2,7 @@
 
 namespace fastattn::cuda {
 
-template cudaError_t launch_flash_bwd_sm90<bf16, 64>(const BackwardParamsSm90&, cudaStream_t);
+template cudaError_t launch_flash_bwd_sm90<bf16, 64, 64, false>(const BackwardParamsSm90&,
+                                                                cudaStream_t);
 
 }  // namespace fastattn::cuda

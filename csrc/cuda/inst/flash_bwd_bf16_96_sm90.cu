@@ -2,6 +2,7 @@
 
 namespace fastattn::cuda {
 
-template cudaError_t launch_flash_bwd_sm90<bf16, 96>(const BackwardParamsSm90&, cudaStream_t);
+template cudaError_t launch_flash_bwd_sm90<bf16, 96, 96, false>(const BackwardParamsSm90&,
+                                                                cudaStream_t);
 
 }  // namespace fastattn::cuda

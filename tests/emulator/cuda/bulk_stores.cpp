@@ -11,7 +11,8 @@ namespace fastattn::emulator {
 // is written arrives at once, or only when it must have.
 void BulkStores::issue(const Transfer& transfer, bool adds, const Where& where) {
   block.use_order();
-  stores_.push_back({{}, committed_, adds, false, false, where});
+  const uint64_t sum = adds ? turns.add(transfer.global, known_sums_, where) : 0;
+  stores_.push_back({{}, committed_, adds, sum, false, false, false, where});
   Store& store = stores_.back();
   TransferChunks chunks(transfer);
   for (TransferChunk chunk; chunks.next(&chunk);) {
@@ -52,9 +53,12 @@ void BulkStores::wait(int pending, bool for_reads) {
   for (Store& store : stores_) {
     if (store.group >= committed_ - pending) continue;
     end_read(store);
-    if (!for_reads) finish(store);
+    if (for_reads) continue;
+    finish(store);
+    store.is_awaited = true;
+    if (store.adds) known_sums_.insert(store.sum);
   }
-  std::erase_if(stores_, [](const Store& store) { return store.is_read && store.is_done; });
+  std::erase_if(stores_, [](const Store& store) { return store.is_awaited; });
 }
 
 void BulkStores::end_thread() {
@@ -72,6 +76,7 @@ void BulkStores::end_thread() {
 
 void BulkStores::clear() {
   stores_.clear();
+  known_sums_.clear();
   committed_ = 0;
 }
 

@@ -7,6 +7,7 @@
 
 #include "failure.h"
 #include "tensor_maps.h"
+#include "turns.h"
 
 namespace fastattn::emulator {
 
@@ -19,6 +20,14 @@ class BulkStores {
   }
   // Of all but the newest `pending` groups shared memory has been read; or all is done.
   void wait(int pending, bool for_reads);
+
+  // The sums that are done for this thread: its own that it has waited for, and those of others.
+  const Sums& known_sums() const {
+    return known_sums_;
+  }
+  void learn_sums(const Sums& sums) {
+    known_sums_.insert(sums.begin(), sums.end());
+  }
 
   // Shared memory must have been read.
   void end_thread();
@@ -34,7 +43,9 @@ class BulkStores {
   struct Store {
     std::vector<Part> parts;
     int group;
-    bool adds, is_read, is_done;
+    bool adds;
+    uint64_t sum;  // its number, if it is one
+    bool is_read, is_done, is_awaited;
     Where where;
   };
 
@@ -42,6 +53,7 @@ class BulkStores {
   static void finish(Store& store);
 
   std::vector<Store> stores_;
+  Sums known_sums_;
   int committed_ = 0;
 };
 

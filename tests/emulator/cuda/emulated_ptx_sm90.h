@@ -7,6 +7,7 @@
 #include "products.h"
 #include "register_pool.h"
 #include "tensor_maps.h"
+#include "turns.h"
 
 namespace fastattn::cuda::ptx {
 
@@ -79,6 +80,24 @@ inline void bulk_wait_read() {
 template <int kPending>
 inline void bulk_wait() {
   emulator::block.current().beyond->stores.wait(kPending, false);
+}
+
+// ---- Blocks of a kernel
+// --------------------------------------------------------------------------
+
+inline uint32_t fetch_add(uint32_t* global, uint32_t value) {
+  emulator::block.use_order();
+  return emulator::turns.fetch_add(global, value);
+}
+
+inline void release_global(uint32_t* global, uint32_t value) {
+  emulator::block.use_order();
+  emulator::turns.release(global, value);
+}
+
+inline void await_global(const uint32_t* global, uint32_t least, Where where = Where::current()) {
+  emulator::block.use_order();
+  emulator::turns.await(global, least, where);
 }
 
 // ---- Warps of a block ---------------------------------------------------------------------------

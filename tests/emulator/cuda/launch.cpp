@@ -11,6 +11,7 @@
 #include "emulator.h"
 #include "kernel_name.h"
 #include "shared_memory.h"
+#include "turns.h"
 
 namespace fastattn::emulator {
 namespace {
@@ -97,6 +98,7 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const Call& call) {
   arch = 10 * current_device().major + current_device().minor;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
+  turns.begin_launch();
   if (block.now() > 1u << 31) {  // before it runs over
     shared.forget_all();
     block.restart_clock();

@@ -511,6 +511,31 @@ void fewer_registers_that_are_more() {
   ptx::fewer_registers<136>();
 }
 
+// ---- Turns of blocks ----------------------------------------------------------------------------
+
+struct Turn {
+  uint32_t begun, turn;
+  alignas(16) float sums[4];
+};
+
+// Adds 1 to the sums, in the order in which blocks begin but for what a defect leaves out.
+void add_in_turn(Turn* global, bool waits, bool awaits_sums, uint32_t first) {
+  if (thread() != 0) return;
+  const uint32_t nth = ptx::fetch_add(&global->begun, 1);
+  float* const staged = shared()->panels[0];
+  for (int i = 0; i < 4; ++i) ptx::store_shared(staged + i, 1.0f);
+  ptx::fence_async_proxy();
+  if (waits) ptx::await_global(&global->turn, first + nth);
+  ptx::bulk_add(global->sums, staged, sizeof(global->sums));
+  ptx::bulk_commit();
+  if (awaits_sums) {
+    ptx::bulk_wait<0>();
+  } else {
+    ptx::bulk_wait_read<0>();
+  }
+  ptx::release_global(&global->turn, nth + 1);
+}
+
 template <typename... Params>
 cudaError_t run_large(int threads, void (*kernel)(Params...),
                       const std::type_identity_t<Params>&... params) {
@@ -558,6 +583,20 @@ void run_wrong_copies(const TensorMap& map) {
   report("store without a barrier", run_large(kThreads, store_unordered, map));
   report("store overwritten", run_large(kThreads, overwritten_store, map));
   report("store not waited for", run_large(kThreads, store_not_waited_for, map));
+}
+
+void run_wrong_turns() {
+  static Turn turn;
+  const auto run_blocks = [](bool waits, bool awaits_sums, uint32_t first) {
+    turn = {};
+    return cuda::launch(add_in_turn, {3, kThreads, kBytes, nullptr}, &turn, waits, awaits_sums,
+                        first);
+  };
+  const cudaError_t error = run_blocks(true, true, 0);
+  report("turns in order", error == cudaSuccess && turn.sums[3] == 3);
+  report("sum out of turn", run_blocks(false, true, 0));
+  report("turn passed on too early", run_blocks(true, false, 0));
+  report("turn that nobody passes on", run_blocks(true, true, 1));
 }
 
 void run_wrong_products(const TensorMap& map) {
@@ -613,6 +652,7 @@ void run_wrong_sm90_kernels() {
   const TensorMap map = map_of_source();
   run_wrong_barriers();
   run_wrong_copies(map);
+  run_wrong_turns();
   run_wrong_products(map);
   report("wrong boxes are refused", refuses_wrong_boxes());
   cudaSetDevice(0);
