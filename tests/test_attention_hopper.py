@@ -13,13 +13,11 @@ from attention_options import with_features
 import fastattn
 import fastattn.functional as fa
 from fastattn import _C, reference
-from fastattn.support import cuda_level
 from fastattn.testing import (
     attention_inputs,
     check_attention,
     randn,
     restride,
-    running_on,
 )
 
 BF16, F16 = torch.bfloat16, torch.float16
