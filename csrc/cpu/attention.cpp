@@ -16,13 +16,28 @@ struct HeadItem {
   int64_t tile_rows, tiles;
 };
 
+// Tiles for each thread, or lower ones are taken, where all threads share heads. Which rows stand
+// in a tile together does not change their bits.
+constexpr int64_t kTilesPerThread = 4;
+
+int64_t tile_rows(const AttentionParams& p, std::span<const Sequence> sequences,
+                  const AttentionKernels& kernels, const Threads& threads) {
+  int64_t rows = kernels.q_tile;
+  const auto has_few_tiles = [&] {
+    int64_t tiles = 0;
+    for (const Sequence& s : sequences) tiles += p.heads_q * ceil_div(s.rows_q, rows);
+    return tiles < kTilesPerThread * threads.count;
+  };
+  while (rows > kernels.q_tile_least && has_few_tiles()) rows /= 2;
+  return rows;
+}
+
 std::vector<HeadItem> head_items(const AttentionParams& p, std::span<const Sequence> sequences,
-                                 const AttentionKernels& kernels) {
+                                 const AttentionKernels& kernels, int64_t rows) {
   std::vector<HeadItem> items;
   items.reserve(sequences.size() * static_cast<size_t>(p.heads_kv));
   for (const Sequence& s : sequences) {
     const Range blocks = blocks_seen(p, s, {0, s.len_q}, kernels.k_block);
-    const int64_t rows = kernels.q_tile;
     for (int64_t h = 0; h < p.heads_kv; ++h) {
       items.push_back({&s, h, blocks, rows, ceil_div(s.rows_q, rows)});
     }
@@ -230,12 +245,13 @@ Status attention_forward(const AttentionParams& p, const Threads& all_threads) {
     if (status != Status::kOk) return status;
   }
   const std::span<const Sequence> others{sequences.data() + decoding, sequences.size() - decoding};
-  const std::vector<HeadItem> items = head_items(p, others, kernels);
-  if (items.empty()) return Status::kOk;
-  const int64_t count = static_cast<int64_t>(items.size());
-  return heads_fill_threads(count, threads.count, 0.85)
-             ? forward_private(p, kernels, items, threads)
-             : forward_shared(p, kernels, items, threads);
+  const int64_t count = static_cast<int64_t>(others.size()) * p.heads_kv;
+  if (count == 0) return Status::kOk;
+  if (heads_fill_threads(count, threads.count, 0.85)) {
+    return forward_private(p, kernels, head_items(p, others, kernels, kernels.q_tile), threads);
+  }
+  const int64_t rows = tile_rows(p, others, kernels, threads);
+  return forward_shared(p, kernels, head_items(p, others, kernels, rows), threads);
 }
 
 Status attention_weights(const AttentionWeightsParams& w, const Threads& all_threads) {

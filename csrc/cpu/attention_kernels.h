@@ -10,7 +10,8 @@ namespace fastattn::cpu {
 // a "block" is up to k_block keys of one KV head; both are counted from row 0 of the sequence.
 struct AttentionKernels {
   // Forward: every block of a KV head is packed once, then shared by all its tiles.
-  int64_t q_tile, k_block;
+  // q_tile is a multiple of q_tile_least by a power of two, and a tile may be any in between.
+  int64_t q_tile, q_tile_least, k_block;
   size_t (*packed_block_bytes)(const AttentionParams&);
   size_t (*forward_scratch_bytes)(const AttentionParams&);
   // packed_blocks begins with the block of Sequence::first_seen.
