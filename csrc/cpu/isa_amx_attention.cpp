@@ -13,11 +13,14 @@ namespace {
 
 #include "engine_pairs.inc"
 
+#include "decode_tiles.inc"
+
 #include "engine_pairs_bwd.inc"
 
 }  // namespace
 
 const AttentionKernels kAmxAttentionBf16 =
-    attention_kernels_of<VecAvx512, bf16, PairEngine<AmxProduct>, PairBackwardEngine<AmxProduct>>();
+    attention_kernels_of<VecAvx512, bf16, PairEngine<AmxProduct>, PairBackwardEngine<AmxProduct>,
+                         TileDecode>();
 
 }  // namespace fastattn::cpu

@@ -22,8 +22,8 @@ constexpr TileConfig kTileConfig;
 
 // Tiles are configured while a session lives. Releasing them keeps context switches cheap.
 struct TileSession {
-  TileSession() {
-    _tile_loadconfig(&kTileConfig);
+  explicit TileSession(const TileConfig& config = kTileConfig) {
+    _tile_loadconfig(&config);
   }
   ~TileSession() {
     _tile_release();
@@ -162,6 +162,62 @@ class TileSums {
   int64_t ldc_ = 0;
   int rows_ = 0, columns_ = 0;  // tiles that wait to be stored
 };
+
+// Products of a few rows (decode), whose operands are all near. Tile registers: 0..3 sums and 4
+// left operand, with so many rows; 5..7 whole.
+FA_INLINE TileConfig few_rows_config(int rows) {
+  TileConfig config;
+  for (int tile = 0; tile < 5; ++tile) config.rows[tile] = static_cast<uint8_t>(rows);
+  return config;
+}
+
+// c (16 x 16) = a b, for a left operand of 16 whole rows and 32 * depth channels.
+FA_INLINE void multiply_rows_of_16(const bf16* a, int64_t lda, const bf16* b, int depth, float* c) {
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);
+  const size_t a_stride = static_cast<size_t>(lda) * sizeof(bf16);
+  _tile_zero(7);
+#pragma GCC unroll 1
+  for (int i = 0; i < depth; ++i, a += kTileDepth, b += kTileElements) {
+    _tile_loadd(5, a, a_stride);
+    _tile_loadd(6, b, 64);
+    _tile_dpbf16ps(7, 5, 6);
+  }
+  _tile_stored(7, c, 64);
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);
+}
+
+// c (few x 16 * kTiles) += a b, for a left operand of 32 columns; the tiles of b lie one behind the
+// other.
+template <int kTiles>
+FA_INLINE void accumulate_few_rows(const bf16* a, int64_t lda, const bf16* b, float* c,
+                                   int64_t ldc) {
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);
+  const size_t c_stride = static_cast<size_t>(ldc) * sizeof(float);
+  _tile_loadd(4, a, static_cast<size_t>(lda) * sizeof(bf16));
+  _tile_loadd(0, c, c_stride);
+  if constexpr (kTiles > 1) _tile_loadd(1, c + kTileColumns, c_stride);
+  if constexpr (kTiles > 2) _tile_loadd(2, c + 2 * kTileColumns, c_stride);
+  if constexpr (kTiles > 3) _tile_loadd(3, c + 3 * kTileColumns, c_stride);
+  _tile_loadd(5, b, 64);
+  _tile_dpbf16ps(0, 4, 5);
+  if constexpr (kTiles > 1) {
+    _tile_loadd(6, b + kTileElements, 64);
+    _tile_dpbf16ps(1, 4, 6);
+  }
+  if constexpr (kTiles > 2) {
+    _tile_loadd(7, b + 2 * kTileElements, 64);
+    _tile_dpbf16ps(2, 4, 7);
+  }
+  if constexpr (kTiles > 3) {
+    _tile_loadd(5, b + 3 * kTileElements, 64);
+    _tile_dpbf16ps(3, 4, 5);
+  }
+  _tile_stored(0, c, c_stride);
+  if constexpr (kTiles > 1) _tile_stored(1, c + kTileColumns, c_stride);
+  if constexpr (kTiles > 2) _tile_stored(2, c + 2 * kTileColumns, c_stride);
+  if constexpr (kTiles > 3) _tile_stored(3, c + 3 * kTileColumns, c_stride);
+  __atomic_signal_fence(__ATOMIC_SEQ_CST);
+}
 
 // Products of operands that are in the registers already; the FLOPs done.
 static double tile_product_rounds(int64_t rounds) {
