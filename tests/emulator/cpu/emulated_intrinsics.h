@@ -204,10 +204,11 @@ inline __m512 dpbf16_ps(__m512 sum, __m512i a, __m512i b) {
   return vector_of<__m512>(result);
 }
 
-// The eight tiles of a thread: 16 rows of 64 bytes. Using them unconfigured ends the program, as
-// the hardware would.
+// The eight tiles of a thread: up to 16 rows of 64 bytes. Using them unconfigured ends the program,
+// as the hardware would.
 struct Tiles {
   bool is_configured = false;
+  uint8_t rows[8];
   uint8_t data[8][16][64];
 };
 
@@ -221,8 +222,9 @@ inline uint8_t (&tile(int index))[16][64] {
   return tiles().data[index];
 }
 
-inline void tile_load_config(const void*) {
+inline void tile_load_config(const void* config) {
   tiles().is_configured = true;
+  memcpy(tiles().rows, static_cast<const char*>(config) + 48, sizeof(tiles().rows));
   memset(tiles().data, 0xff, sizeof(tiles().data));  // every bfloat16 and float of it is NaN
 }
 
@@ -235,13 +237,13 @@ inline void tile_zero(int index) {
 }
 
 inline void tile_load(int index, const void* base, size_t stride) {
-  for (int r = 0; r < 16; ++r) {
+  for (int r = 0; r < tiles().rows[index]; ++r) {
     memcpy(tile(index)[r], static_cast<const char*>(base) + r * stride, 64);
   }
 }
 
 inline void tile_store(int index, void* base, size_t stride) {
-  for (int r = 0; r < 16; ++r) {
+  for (int r = 0; r < tiles().rows[index]; ++r) {
     memcpy(static_cast<char*>(base) + r * stride, tile(index)[r], 64);
   }
 }
@@ -253,7 +255,8 @@ inline void tile_dpbf16(int c_index, int a_index, int b_index) {
   memcpy(c, tile(c_index), sizeof(c));
   memcpy(a, tile(a_index), sizeof(a));
   memcpy(b, tile(b_index), sizeof(b));
-  for (int m = 0; m < 16; ++m) {
+  if (tiles().rows[a_index] != tiles().rows[c_index] || tiles().rows[b_index] != 16) abort();
+  for (int m = 0; m < tiles().rows[c_index]; ++m) {
     for (int k = 0; k < 16; ++k) {
       const float even = bf16_to_float(a[m][2 * k]), odd = bf16_to_float(a[m][2 * k + 1]);
       for (int n = 0; n < 16; ++n) {
