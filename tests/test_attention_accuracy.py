@@ -152,15 +152,18 @@ def test_large_logits(level, dtype, magnitude):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("first", [1, 33, 530])
 @pytest.mark.parametrize("size", [8.0, 90.0, 3000.0])
-def test_scores_that_outgrow_all_before_them(level, dtype, first, size):
+@pytest.mark.parametrize("queries", [2, 40])
+def test_scores_that_outgrow_all_before_them(level, dtype, first, size, queries):
     """Later keys may have weights that are 2^10 to 2^4000 times as large as those of the keys
     before them, in the same block or in another one."""
-    inputs = attention_inputs(queries=40, keys=560, dtype=dtype)
+    if queries < 17:
+        skip_on_sm90("so few queries run on the kernel of sm80")
+    inputs = attention_inputs(queries=queries, keys=560, dtype=dtype)
     inputs["query"][..., 0] = 1
     inputs["key"][..., 0] = 0
     inputs["key"][..., first::7, 0] = size
     inputs["key"][:1, :, first + 20 :, 0] = 2 * size
-    for options in ({}, {"bias": randn(40, 560, seed=9, dtype=dtype)}, {"causal": True}):
+    for options in ({}, {"bias": randn(queries, 560, seed=9, dtype=dtype)}, {"causal": True}):
         check_attention(fa.attention, inputs, scale=1.0, **options)
 
 
