@@ -177,18 +177,25 @@ FA_INLINE float reduce_max(VecAvx2 x) {
   return _mm_cvtss_f32(_mm_max_ss(top, _mm_movehdup_ps(top)));
 }
 
-FA_INLINE VecAvx2 reduce_add_each(const VecAvx2 (&x)[8]) {
+template <typename Combine>
+FA_INLINE VecAvx2 reduce_each(const VecAvx2 (&x)[8], Combine combine) {
   __m256 pair[4], quad[2];
   for (int i = 0; i < 4; ++i) {
     const __m256 a = x[2 * i].v, b = x[2 * i + 1].v;
-    pair[i] = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    pair[i] = combine(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
   }
   for (int i = 0; i < 2; ++i) {
     const __m256 a = pair[2 * i], b = pair[2 * i + 1];
-    quad[i] = _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+    quad[i] = combine(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
   }
-  return {_mm256_add_ps(_mm256_permute2f128_ps(quad[0], quad[1], 0x20),
-                        _mm256_permute2f128_ps(quad[0], quad[1], 0x31))};
+  return {combine(_mm256_permute2f128_ps(quad[0], quad[1], 0x20),
+                  _mm256_permute2f128_ps(quad[0], quad[1], 0x31))};
+}
+FA_INLINE VecAvx2 reduce_add_each(const VecAvx2 (&x)[8]) {
+  return reduce_each(x, [](__m256 a, __m256 b) { return _mm256_add_ps(a, b); });
+}
+FA_INLINE VecAvx2 reduce_max_each(const VecAvx2 (&x)[8]) {
+  return reduce_each(x, [](__m256 a, __m256 b) { return _mm256_max_ps(a, b); });
 }
 
 FA_INLINE void transpose(VecAvx2 (&x)[8]) {

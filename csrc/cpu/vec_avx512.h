@@ -197,22 +197,29 @@ FA_INLINE float reduce_max(VecAvx512 x) {
   return _mm512_reduce_max_ps(x.v);
 }
 
-FA_INLINE VecAvx512 reduce_add_each(const VecAvx512 (&x)[16]) {
+template <typename Combine>
+FA_INLINE VecAvx512 reduce_each(const VecAvx512 (&x)[16], Combine combine) {
   __m512 pair[8], quad[4], half[2];
   for (int i = 0; i < 8; ++i) {
     const __m512 a = x[2 * i].v, b = x[2 * i + 1].v;
-    pair[i] = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    pair[i] = combine(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   }
   for (int i = 0; i < 4; ++i) {
     const __m512 a = pair[2 * i], b = pair[2 * i + 1];
-    quad[i] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    quad[i] = combine(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
   }
   for (int i = 0; i < 2; ++i) {
     const __m512 a = quad[2 * i], b = quad[2 * i + 1];
-    half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    half[i] = combine(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
   }
-  return {_mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88),
-                        _mm512_shuffle_f32x4(half[0], half[1], 0xdd))};
+  return {combine(_mm512_shuffle_f32x4(half[0], half[1], 0x88),
+                  _mm512_shuffle_f32x4(half[0], half[1], 0xdd))};
+}
+FA_INLINE VecAvx512 reduce_add_each(const VecAvx512 (&x)[16]) {
+  return reduce_each(x, [](__m512 a, __m512 b) { return _mm512_add_ps(a, b); });
+}
+FA_INLINE VecAvx512 reduce_max_each(const VecAvx512 (&x)[16]) {
+  return reduce_each(x, [](__m512 a, __m512 b) { return _mm512_max_ps(a, b); });
 }
 
 FA_INLINE void transpose(VecAvx512 (&x)[16]) {

@@ -212,10 +212,14 @@ FA_INLINE R reduce_max(const ScalarVec<R>& x) {
   return max_of(max_of(x.lane[0], x.lane[1]), max_of(x.lane[2], x.lane[3]));
 }
 
-// Lane i is the sum of the lanes of x[i].
+// Lane i is the sum, or the maximum, of the lanes of x[i].
 template <typename R>
 FA_INLINE ScalarVec<R> reduce_add_each(const ScalarVec<R> (&x)[4]) {
   return {{reduce_add(x[0]), reduce_add(x[1]), reduce_add(x[2]), reduce_add(x[3])}};
+}
+template <typename R>
+FA_INLINE ScalarVec<R> reduce_max_each(const ScalarVec<R> (&x)[4]) {
+  return {{reduce_max(x[0]), reduce_max(x[1]), reduce_max(x[2]), reduce_max(x[3])}};
 }
 
 // x[i] lane j becomes x[j] lane i.
