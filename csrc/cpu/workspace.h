@@ -68,20 +68,28 @@ class Workspace {
 };
 
 // Calls body(item, worker) for every item in [0, count), with `worker` below `workers`. Workers
-// take the next item when they are done with one: put long items first. Which worker runs an item
-// must not change its result.
+// take the next items when they are done with some: put long items first. They take several that
+// follow one another (as these often lie in memory), and fewer towards the end. Which worker runs
+// an item must not change its result.
 template <typename Body>
 void for_each_item(const Threads& threads, int64_t workers, int64_t count, const Body& body) {
   struct Shared {
     std::atomic<int64_t> next{0};
-    int64_t count;
+    int64_t count, runs;
     const Body* body;
   } shared;
+  constexpr int64_t kRunsPerWorker = 8;
   shared.count = count;
+  shared.runs = kRunsPerWorker * workers;
   shared.body = &body;
   const auto work = [](int64_t worker, void* context) {
     Shared& s = *static_cast<Shared*>(context);
-    for (int64_t item = s.next++; item < s.count; item = s.next++) (*s.body)(item, worker);
+    for (int64_t first = s.next; first < s.count;) {
+      const int64_t last = first + (s.count - first + s.runs - 1) / s.runs;
+      if (!s.next.compare_exchange_weak(first, last)) continue;
+      for (int64_t item = first; item < last; ++item) (*s.body)(item, worker);
+      first = s.next;
+    }
   };
   workers = workers < count ? workers : count;
   if (workers <= 1) {
