@@ -20,7 +20,7 @@ FA_INLINE __mmask16 first_lanes_avx512(int n) {
 struct VecAvx512 {
   using Real = float;
   static constexpr int kWidth = 16;
-  static constexpr int kTileSums = 24, kTileVecs = 3;  // 24 + 3 + 1 of 32 registers
+  static constexpr int kTileSums = 24, kTileVecs = 4;  // 24 + 4 + 1 of 32 registers
   static constexpr bool kStreams = true;
   __m512 v;
 
