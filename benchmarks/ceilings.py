@@ -10,10 +10,15 @@ half of softmax.
 Bandwidth: the best rates at which torch, with all threads, reads an array many times larger than
 the caches (a sum, a dot product with itself), and copies one (both what is read and what is written
 count; the target is there already).
+
+These are the best of a run. What a shared machine, or one that lowers its clock under load, gives
+while a row is timed is less, so rows are held to what `probe` measures between their calls.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,6 +29,9 @@ from fastattn._C import cpu_peak
 
 from cases.base import DTYPES, Case, available_memory
 
+PROBE_SECONDS = 3e-3
+PROBE_BYTES = 1 << 26
+
 
 @dataclass
 class Ceilings:
@@ -32,15 +40,34 @@ class Ceilings:
     exponentials: float  # per second, float32
     bandwidth: float  # bytes/s, reading
     copy_bandwidth: float  # bytes/s, reading and writing
+    memory_bytes: int  # of the arrays that bandwidth is measured on
 
-    def share(self, case: Case, seconds: float) -> float:
-        """Fraction of the ceiling that bounds this case."""
+    def limit(self, case: Case) -> float:
+        """The ceiling that bounds this case, FLOP/s or bytes/s."""
         limits = {
             "read": self.bandwidth,
             "copy": self.copy_bandwidth,
-            "flops": max(self.flops[case.dtype], self.flops["fp32"]),
+            "flops": self.flops[self._products(case)],
         }
-        return case.work / seconds / limits[case.bound]
+        return limits[case.bound]
+
+    def _products(self, case: Case) -> str:
+        return max((case.dtype, "fp32"), key=lambda dtype: self.flops[dtype])
+
+    def probe(self, case: Case) -> Callable[[], float]:
+        """A function that measures the ceiling that bounds this case once, in milliseconds."""
+        if case.bound == "flops":
+            what = self._products(case)
+            rounds = max(1, int(PROBE_SECONDS * self.flops[what] / cpu_peak(what, 1)))
+            return partial(_peak_once, what, rounds)
+        parts = itertools.cycle(_array(self.memory_bytes).split(PROBE_BYTES // 4)[:-1])
+        if case.bound == "read":
+            calls: list[Callable] = [torch.sum, lambda values: values.dot(values)]
+            return lambda: max(_rate(partial(call, next(parts)), PROBE_BYTES) for call in calls)
+        calls = [torch.Tensor.copy_, lambda target, values: torch.neg(values, out=target)]
+        return lambda: max(
+            _rate(partial(call, next(parts), next(parts)), 2 * PROBE_BYTES) for call in calls
+        )
 
     def describe(self) -> str:
         rates = ", ".join(
@@ -60,8 +87,30 @@ def measure(seconds: float, cache_bytes: int) -> Ceilings:
     flops = {name: max(rate, _peak(name, seconds / 2)) for name, rate in early.items()}
     size = max(1 << 28, min(4 * cache_bytes, available_memory() // 8))
     return Ceilings(
-        flops, matmul, _peak("exp", seconds), _read_rate(size, seconds), _copy_rate(size, seconds)
+        flops,
+        matmul,
+        _peak("exp", seconds),
+        _read_rate(size, seconds),
+        _copy_rate(size, seconds),
+        size,
     )
+
+
+@functools.lru_cache(maxsize=1)
+def _array(size: int) -> torch.Tensor:
+    return torch.ones(size // 4)
+
+
+def _peak_once(what: str, rounds: int) -> float:
+    start = time.perf_counter()
+    done = cpu_peak(what, rounds)
+    return done / (time.perf_counter() - start)
+
+
+def _rate(call: Callable[[], object], work: float) -> float:
+    start = time.perf_counter()
+    call()
+    return work / (time.perf_counter() - start)
 
 
 def _peak(what: str, seconds: float) -> float:
@@ -91,7 +140,7 @@ def _matmul_rate(dtype: torch.dtype, seconds: float) -> float:
 
 
 def _read_rate(size: int, seconds: float) -> float:
-    values = torch.ones(size // 4)
+    values = _array(size)
     reads = (values.sum, lambda: values.dot(values))
     return max(size / _best_seconds(read, seconds / 2) for read in reads)
 

@@ -154,6 +154,7 @@ class Run:
                 self.ceilings = cuda_ceilings.measure(seconds)
             else:
                 self.ceilings = ceilings.measure(seconds, machine.cache_bytes())
+                self.bench.probe = self.ceilings.probe
             return (yield)
 
     def measure(self, case: Case, benchmark) -> None:

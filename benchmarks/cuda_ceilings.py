@@ -25,10 +25,9 @@ class CudaCeilings:
     matmul: dict[str, float]  # dtype -> FLOP/s of torch.mm; float32 without TF32
     copy_bandwidth: float  # bytes/s, reading and writing
 
-    def share(self, case: Case, seconds: float) -> float:
-        """Fraction of the ceiling that bounds this case."""
-        limit = self.copy_bandwidth if case.bound == "copy" else self.matmul[case.dtype]
-        return case.work / seconds / limit
+    def limit(self, case: Case) -> float:
+        """The ceiling that bounds this case, FLOP/s or bytes/s."""
+        return self.copy_bandwidth if case.bound == "copy" else self.matmul[case.dtype]
 
     def describe(self) -> str:
         rates = ", ".join(f"{name} {rate / 1e12:.3g}" for name, rate in self.matmul.items())

@@ -41,8 +41,13 @@ class Report:
             found.setdefault(row.case.family, []).append(row)
         return found
 
-    def share(self, row: Row) -> float:
-        return self.ceilings.share(row.case, row.timings[OURS].median)
+    def ceiling(self, row: Row) -> float:
+        """As it was while the row was timed, where that was measured; else the best of the run."""
+        return row.ceiling or self.ceilings.limit(row.case)
+
+    def share(self, row: Row, peer: str = OURS) -> float:
+        """Fraction of the ceiling that bounds this row."""
+        return row.case.work / row.timings[peer].median / self.ceiling(row)
 
     def summaries(self) -> dict[str, str]:
         """What holds for each group of rows, against each of its rivals that was timed."""
@@ -145,11 +150,12 @@ def clocks(rows: list[Row]) -> str:
 
 NOTES = """\
 us: median of calls that take turns with the peers' calls; outputs are new in each call, for all \
-peers, in memory that the process has kept. %: of the ceiling measured here. x: how many times as \
-long as fastattn the peer takes; above 1 fastattn is faster. err: share of the allowed error, \
-which is twice that of the eager formula in the same dtype and one rounding. MB: growth of the \
-process, or of its memory on the GPU, at the peak, outputs included. With --cold, rows take their \
-inputs in turn from so many copies that none is still in a cache."""
+peers, in memory that the process has kept. %: of the ceiling as it was between these calls (on a \
+GPU, of that of the run). x: how many times as long as fastattn the peer takes; above 1 fastattn \
+is faster. err: share of the allowed error, which is twice that of the eager formula in the same \
+dtype and one rounding. MB: growth of the process, or of its memory on the GPU, at the peak, \
+outputs included. With --cold, rows take their inputs in turn from so many copies that none is \
+still in a cache."""
 
 # What a narrow terminal goes without, first to last; CSV and HTML have it all. "MB peer" is the
 # column of the main rival.
@@ -252,7 +258,7 @@ def records(report: Report) -> list[dict]:
         for peer in [*row.timings, *row.reasons]:
             timing, ratio, memory = row.timings.get(peer), row.ratio(peer), row.memory.get(peer)
             speed, unit = rate(row, peer) if timing else (None, "")
-            share = report.ceilings.share(case, timing.median) if timing else None
+            share = report.share(row, peer) if timing else None
             out.append(
                 {
                     "family": case.family,
@@ -272,6 +278,7 @@ def records(report: Report) -> list[dict]:
                     "rate": speed,
                     "unit": unit,
                     "share_of_peak": share,
+                    "peak": report.ceiling(row),
                     "time_over_fastattn": ratio,
                     "error_over_budget": row.error_used if peer == OURS else None,
                     "peak_memory_bytes": memory if isinstance(memory, int) else None,

@@ -25,6 +25,7 @@ from cases.base import COMPILING, Case, Forward, Inputs, Unavailable, available_
 
 MAX_ROUNDS = 200
 MAX_SETS = 64  # of inputs
+MOST_PROBES = 15  # of the ceiling, in a row
 WARM_AGAIN = 0.5  # seconds: a first call that takes longer is as good as a warm one
 
 Step = Callable[[Inputs], tuple[torch.Tensor, ...]]
@@ -54,6 +55,7 @@ class Row:
     reasons: dict[str, str] = field(default_factory=dict)
     memory: dict[str, int | str] = field(default_factory=dict)  # bytes above the inputs, or why not
     error_used: float = float("nan")
+    ceiling: float | None = None  # median between the calls, FLOP/s or bytes/s
     cold: bool = False
     clocks: tuple[int | None, int | None] | None = None  # MHz of the GPU, before and after
 
@@ -83,6 +85,8 @@ class Bench:
 
     def __init__(self, settings: Settings):
         self.settings = settings
+        # For a case, what measures the ceiling that bounds it.
+        self.probe: Callable[[Case], Callable[[], float]] | None = None
         self.rates: dict[tuple[str, str, str, bool], float] = {}
 
     def run(self, case: Case, benchmark, cap: float) -> Row:
@@ -175,8 +179,14 @@ class Bench:
         ring = itertools.cycle(sets)
         shuffle = random.Random(row.case.id).shuffle
         rounds = self.settings.rounds or rounds_within(cap, estimates["fastattn"])
+        probe = self.probe(row.case) if self.probe else None
+        ceilings: list[float] = []
+        turns = itertools.count()
 
         def others():
+            if probe and next(turns) * MOST_PROBES >= len(ceilings) * rounds:
+                ceilings.append(probe())
+                ours(next(ring))  # what comes next finds caches and clock as after any other call
             shuffle(native)  # nobody is always the one after the slowest
             for name in foreign + native:
                 taken = samples[name]
@@ -199,6 +209,7 @@ class Bench:
             if collecting:
                 gc.enable()
         row.timings["fastattn"] = Timing.of(benchmark.stats.stats.data)
+        row.ceiling = float(np.median(ceilings)) if ceilings else None
         row.timings |= {name: Timing.of(taken) for name, taken in samples.items()}
 
 
