@@ -104,6 +104,18 @@ class Backward {
     sink_shares_[static_cast<size_t>(s.index * p_.heads_q + head)] = share;
   }
 
+  void clear_dquery(const Sequence& s, char* dquery) {
+    for (int64_t t = 0; t < tiles_of(s); ++t) {
+      kernels_.clear_dquery(g_, s, t, dquery + sizes_.dquery * static_cast<size_t>(t));
+    }
+  }
+  void clear_dkey_dvalue(const Sequence& s, char* dkey, char* dvalue) {
+    for (int64_t b = 0; b < blocks_of(s); ++b) {
+      kernels_.clear_dkey_dvalue(g_, s, b, dkey + sizes_.dkey * static_cast<size_t>(b),
+                                 dvalue + sizes_.dvalue * static_cast<size_t>(b));
+    }
+  }
+
   // Stores dquery of every row tile, also of those beyond len_q (zeros).
   void store_dquery(const Sequence& s, int64_t head, const char* dquery) {
     const int64_t stored = ceil_div(s.rows_q, kernels_.backward_q_tile);
@@ -142,10 +154,10 @@ class Backward {
       char* dbias = with_dbias ? scratch + sizes_.scratch : nullptr;
       const Sequence& s = sequences_[static_cast<size_t>(item / p_.heads_kv)];
       const int64_t head_kv = item % p_.heads_kv;
-      std::memset(dkey, 0, dkv_bytes);
+      clear_dkey_dvalue(s, dkey, dvalue);
       for (int64_t head = head_kv * group_; head < (head_kv + 1) * group_; ++head) {
         pack_tiles(s, head, tile_memory);
-        std::memset(dquery, 0, sizes_.dquery * tiles);
+        clear_dquery(s, dquery);
         for (int64_t b = 0; b < blocks_of(s); ++b) {
           kernels_.backward_pack_block(g_, s, head_kv, b, block);
           for (int64_t t = 0; t < tiles_of(s); ++t) {
@@ -235,7 +247,7 @@ class Backward {
       char* dkey = worker_memory + worker_bytes * static_cast<size_t>(worker);
       char* dvalue = dkey + sizes_.dkey;
       char* scratch = dkey + worker_bytes - sizes_.scratch;
-      std::memset(dkey, 0, sizes_.dkey + sizes_.dvalue);
+      if (b < blocks_of(s)) kernels_.clear_dkey_dvalue(g_, s, b, dkey, dvalue);
       for (int64_t member = 0; member < group_ && b < blocks_of(s); ++member) {
         for (int64_t t = 0; t < tiles_of(s); ++t) {
           if (!pair_is_live(s, t, b)) continue;
@@ -253,7 +265,7 @@ class Backward {
       char* dquery = worker_memory + worker_bytes * static_cast<size_t>(worker);
       char* scratch = dquery + worker_bytes - sizes_.scratch;
       const int64_t member = i % group_, t = stored - 1 - i / group_;
-      std::memset(dquery, 0, sizes_.dquery);
+      if (t < tiles_of(s)) kernels_.clear_dquery(g_, s, t, dquery);
       for (int64_t b = 0; b < blocks_of(s) && t < tiles_of(s); ++b) {
         if (!pair_is_live(s, t, b)) continue;
         shared_pair(h, member, t, b, {dquery, nullptr, nullptr, nullptr}, scratch);

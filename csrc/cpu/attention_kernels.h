@@ -46,6 +46,10 @@ struct AttentionKernels {
   size_t (*dkey_bytes)(const AttentionGradParams&);    // per block
   size_t (*dvalue_bytes)(const AttentionGradParams&);
   size_t (*backward_scratch_bytes)(const AttentionGradParams&);
+  // Zeroes of an accumulator what belongs to rows of the sequence.
+  void (*clear_dquery)(const AttentionGradParams&, const Sequence&, int64_t tile, void* dquery);
+  void (*clear_dkey_dvalue)(const AttentionGradParams&, const Sequence&, int64_t block, void* dkey,
+                            void* dvalue);
   void (*backward_pack_tile)(const AttentionGradParams&, const Sequence&, int64_t head,
                              int64_t tile, void* packed);
   void (*backward_pack_block)(const AttentionGradParams&, const Sequence&, int64_t head_kv,
