@@ -150,6 +150,22 @@ def test_poison_in_hidden_keys_and_values_changes_nothing(level, dtype, how):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [-300.0, 0.0, 300.0])
+def test_poison_that_a_long_bias_hides_changes_nothing(level, dtype, offset):
+    """In every block, also in the first one; all scores may be further from 0 than an exponential
+    takes."""
+    inputs = attention_inputs(batch=(1,), queries=70, keys=704, heads=2, kv_heads=1, dtype=dtype)
+    hidden = randn(1, 704, seed=5) < -0.5
+    hidden[:, :40] = True
+    bias = torch.where(hidden[:, None, None], -math.inf, randn(1, 2, 70, 704, seed=6) + offset)
+    for poison in (*POISONS, -math.nan):
+        bad = poisoned(inputs, hidden, poison)
+        for bias_dtype in (torch.float32, dtype):
+            what = f"{poison}, bias {bias_dtype}"
+            check_attention(fa.attention, bad, what=what, bias=bias.to(bias_dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_before_a_poisoned_key_do_not_see_it(level, dtype):
     """Key and value 50 are visible to the later rows, whose results are NaN; the others are not."""
     inputs = attention_inputs(queries=100, keys=100, dtype=dtype)

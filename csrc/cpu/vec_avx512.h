@@ -170,11 +170,11 @@ FA_INLINE VecAvx512 max(VecAvx512 a, VecAvx512 b) {
 FA_INLINE VecAvx512 min(VecAvx512 a, VecAvx512 b) {
   return {_mm512_min_ps(a.v, b.v)};
 }
-// The maximum where one of the two is positive, by the unit for integers: next to tile products the
-// one for floats is what there is too little of. NaN above all.
+// The maximum of what is positive or NaN (which is above all), by the unit for integers: next to
+// tile products the one for floats is what there is too little of.
 FA_INLINE VecAvx512 max_of_positive(VecAvx512 a, VecAvx512 b) {
   return {
-      _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
+      _mm512_castsi512_ps(_mm512_max_epu32(_mm512_castps_si512(a.v), _mm512_castps_si512(b.v)))};
 }
 FA_INLINE VecAvx512 fma(VecAvx512 a, VecAvx512 b, VecAvx512 c) {
   return {_mm512_fmadd_ps(a.v, b.v, c.v)};
