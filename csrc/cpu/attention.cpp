@@ -202,16 +202,17 @@ Status forward_decode(const AttentionParams& p, const AttentionKernels& kernels,
 }
 
 // Few query rows for every KV head: packing K and V would cost more than it saves. With more of
-// them it soon pays, if what is packed stays in the nearest caches; so it does where there are
-// hardly more keys than rows.
+// them it soon pays, if what is packed stays in the nearest caches; with some of them, where there
+// are hardly more keys.
 constexpr int64_t kManyRows = 16, kFewKeys = 256;
-constexpr int64_t kKeysPerRow = 2;
+constexpr int64_t kSomeRows = 8, kKeysPerRow = 2;
 constexpr int64_t kNearBytes = 3 << 20;
 
 bool takes_decode_schedule(const AttentionParams& p, const AttentionKernels& kernels,
                            const Sequence& s) {
   const int64_t rows = p.heads_q / p.heads_kv * s.len_q;
-  if (s.len_k <= kKeysPerRow * rows || (rows > kManyRows && s.len_k <= kFewKeys)) return false;
+  if (rows >= kSomeRows && s.len_k <= kKeysPerRow * rows) return false;
+  if (rows > kManyRows && s.len_k <= kFewKeys) return false;
   const int64_t blocks = ceil_div(s.len_k, kernels.k_block);
   const bool is_far = static_cast<int64_t>(kernels.packed_block_bytes(p)) * blocks > kNearBytes;
   return !p.batch_invariant && !p.for_backward &&
